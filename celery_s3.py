@@ -166,7 +166,7 @@ class Bucket:
             return None
         if status in {301, 307, 400} and 'x-amz-bucket-region' in headers:
             self._locate(headers['x-amz-bucket-region'])
-        error['Message'] = f'{error.get("Message")} (HTTP {status}, request id {request_id})'
+        error['Message'] = f'{error.get("Message") or ""} (HTTP {status}, request id {request_id})'
         if status == 403 and request.method == 'GET':
             error['Message'] += '; s3:ListBucket may be missing: chords and missing keys want it'
         raise exceptions.ClientError(answer, f'{request.method} {self.uri}{key}')
@@ -199,7 +199,7 @@ class S3Backend(KeyValueStoreBackend):
         for _ in range(20):
             etag = bucket.put(key, value, {'If-Match': etag} if etag else ABSENT)
             found, etag = bucket.get(key) if etag is None else (value, etag)
-            if found == value and state in self.UNREADY_STATES:
+            if found == value and state not in self.READY_STATES:
                 bucket.etags[key] = etag
             if found == value or found and self.decode_result(found)['status'] == 'SUCCESS':
                 return result
@@ -277,4 +277,4 @@ class S3Backend(KeyValueStoreBackend):
         return settings
 
 
-sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # celery-s3 1.x's name
+backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # celery-s3 1.x's name
