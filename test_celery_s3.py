@@ -787,6 +787,11 @@ def test_a_fork_shares_neither_connections_nor_locks_nor_what_was_learned(store,
     assert wire.sessions[-1] is parent
 
 
+def test_a_system_without_fork_does_without(store, monkeypatch):
+    monkeypatch.delattr(os, 'register_at_fork')
+    assert make_app().backend.get('key') is None
+
+
 # Storing states
 
 
@@ -1045,7 +1050,7 @@ def test_a_chord_leaves_one_small_object(store, app):
     assert len(*left.values()) == 16
 
 
-@pytest.mark.parametrize('order', list(itertools.permutations([0, 0, 1, 1])))
+@pytest.mark.parametrize('order', sorted(set(itertools.permutations([0, 0, 1, 1]))))
 def test_parts_delivered_twice_count_once(store, app, order):
     parts, _ = begin(app, 2)
     for number in order:
