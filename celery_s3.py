@@ -13,11 +13,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from socket import IPPROTO_TCP, TCP_NODELAY
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit
+from weakref import ref
 from xml.etree import ElementTree
 
 from botocore import auth, awsrequest, configprovider, endpoint_provider, exceptions
-from botocore import handlers, parsers, session, utils
-from botocore.httpsession import URLLib3Session
+from botocore import handlers, httpsession, parsers, session, utils
 from celery.backends.base import KeyValueStoreBackend
 from celery.exceptions import BackendStoreError, ImproperlyConfigured
 from celery.utils.serialization import strtobool
@@ -37,12 +37,11 @@ READERS = {str: str, bool: strtobool, int: lambda value: max(1, int(value)), dic
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 TRANSIENT = {429, 500, 502, 503, 504, 'RequestTimeout', 'ConditionalRequestConflict'}
 DROPPED = exceptions.ConnectionError, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError
-TIMEOUT, PATIENCE = 5, 22  # seconds: for a piece of an answer; after which nothing is sent again
+TIMEOUT, PATIENCE = (2, 5), 22  # seconds: to connect, to wait; after which nothing is sent again
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
 UNSAFE = re.compile(r'[\0-\x1f\x7f]|(^|/)\.\.?(/|$)')  # stores and proxies differ about these
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
-ABSENT, NEVER = {'If-None-Match': '*'}, {'If-Match': '0'}
-PROBE = 'celery-s3-probe'
+ABSENT, NEVER, PROBE = {'If-None-Match': '*'}, {'If-Match': '0'}, 'celery-s3-probe'
 logger = logging.getLogger(__name__)
 parse_error = parsers.create_parser('rest-xml').parse
 
@@ -52,8 +51,7 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, exceptions.ClientError):
         status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
         return status in TRANSIENT or error.response.get('Error', {}).get('Code') in TRANSIENT
-    dropped, tls = isinstance(error, DROPPED), isinstance(error, exceptions.SSLError)
-    return 'EOF occurred' in str(error) if tls else dropped  # a bad certificate stays bad
+    return isinstance(error, DROPPED) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
 
 
 class Bucket:
@@ -68,7 +66,7 @@ class Bucket:
         encrypted = {'x-amz-server-side-encryption': 'AES256'} if self.encrypt_key else {}
         self.headers = reduced | encrypted | self.headers
         self.etags = LRUCache(limit=10_000)  # of the objects that this process may write again
-        self._lock, self._conditional, self._session = threading.RLock(), None, session.Session()
+        self._lock, self._conditional, self._session = threading.Lock(), None, session.Session()
         if self.aws_access_key_id:
             keys = self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token
             self._session.set_credentials(*keys)
@@ -77,13 +75,13 @@ class Bucket:
             places = self._session.full_config, self._session.get_scoped_config(), 's3'
             self.endpoint_url = configprovider.ConfiguredEndpointProvider(*places).provide()
         self._locate(self.aws_region or config('region') or 'us-east-1')
-        proxies, nodelay = utils.get_environ_proxies(self._place[1]), (IPPROTO_TCP, TCP_NODELAY, 1)
-        verify = config('ca_bundle') or os.environ.get('REQUESTS_CA_BUNDLE', True)
-        self._http = URLLib3Session(verify, proxies, TIMEOUT, self.max_connections, [nodelay])
+        proxies, tcp = utils.get_environ_proxies(self._place[1]), [(IPPROTO_TCP, TCP_NODELAY, 1)]
+        ca = config('ca_bundle') or os.environ.get('REQUESTS_CA_BUNDLE', True)
+        self._http = httpsession.URLLib3Session(ca, proxies, TIMEOUT, self.max_connections, tcp)
 
     def get(self, key: str) -> tuple[bytes | None, str | None]:
         """The object's bytes and etag, or None and None where there is no such key."""
-        missing = {'NoSuchKey', 'AccessDenied' if self.denied_is_missing else 'NoSuchKey'}
+        missing = {'NoSuchKey', 'AccessDenied'} if self.denied_is_missing else {'NoSuchKey'}
         return self._send('GET', key, missing) or (None, None)
 
     def put(self, key: str, value: bytes, condition: dict | None = None) -> str | None:
@@ -96,6 +94,11 @@ class Bucket:
         """Delete the object, if there is one."""
         self._send('DELETE', key, {'NoSuchKey'})
 
+    def each(self, function, keys: list) -> list:
+        """The function's answers for all keys, in order, `max_connections` at a time."""
+        with ThreadPoolExecutor(self.max_connections) as threads:
+            return list(threads.map(function, keys))
+
     def list(self, prefix: str):
         """Yield pages: dicts of at most 1,000 keys and when S3 wrote them (ISO 8601, UTC)."""
         query = {'encoding-type': 'url', 'list-type': '2', 'prefix': self.folder + prefix}
@@ -106,30 +109,27 @@ class Bucket:
             yield {unquote_plus(key).removeprefix(self.folder): written for key, written in pairs}
             query['continuation-token'] = page.findtext('{*}NextContinuationToken')
 
-    def each(self, function, keys: list) -> list:
-        """The function's answers for all keys, in order, `max_connections` at a time."""
-        with ThreadPoolExecutor(self.max_connections) as threads:
-            return list(threads.map(function, keys))
-
     def is_conditional(self) -> bool:
         """Whether this process has seen the store refuse writes whose conditions do not hold."""
-        with self._lock:
-            if self._conditional is None:
-                try:
-                    absent = any(self.put(PROBE, b'', ABSENT) is None for _ in range(2))
-                    self._conditional = absent and self.put(PROBE, b'', NEVER) is None
-                except exceptions.ClientError as error:
-                    self._conditional = None if is_transient(error) else False
-            return self._conditional
+        if self._conditional is None:
+            try:
+                absent = any(self.put(PROBE, b'', ABSENT) is None for _ in range(2))
+                self._conditional = absent and self.put(PROBE, b'', NEVER) is None
+            except exceptions.ClientError as error:
+                if error.response['ResponseMetadata']['HTTPStatusCode'] != 501:
+                    raise
+                self._conditional = False
+            logger.info('%s honours conditional writes: %s', self.uri, self._conditional)
+        return self._conditional
 
     def _locate(self, region: str) -> None:
         utils.validate_region_name(region)
         partitions = self._session.get_component('data_loader').load_data('partitions')
         partition = endpoint_provider.RuleSetStandardLibrary(partitions).aws_partition(region)
         name, host = self.bucket, f's3.{region}.{partition["dnsSuffix"]}'
-        root = (self.endpoint_url or f'https://{host}').rstrip('/')
-        virtual = utils.check_dns_name(name) and not self.endpoint_url
-        self._place = region, f'https://{name}.{host}/' if virtual else f'{root}/{name}/'
+        root = f'{name}.{host}' if utils.check_dns_name(name) else f'{host}/{name}'
+        own = self.endpoint_url and f'{self.endpoint_url.rstrip("/")}/{name}/'
+        self._place = region, own or f'https://{root}/'
 
     def _send(self, method: str, key='', accept=(), query=None, body=b'', headers=None):
         """S3's bytes and etag, or None where it says one of `accept`; repeats what may pass."""
@@ -182,8 +182,9 @@ class S3Backend(KeyValueStoreBackend):
         super().__init__(*args, **kwargs)
         self.thread_safe, settings = True, self._read_settings()
         self.bucket = Bucket(settings)
+        bucket = ref(self.bucket)  # a hook is for ever, a backend is not
         if hasattr(os, 'register_at_fork'):  # neither connections nor locks may cross a fork
-            os.register_at_fork(after_in_child=lambda: self.bucket.__init__(settings))
+            os.register_at_fork(after_in_child=lambda: bucket() and bucket().__init__(settings))
 
     def as_uri(self, include_password: bool = False) -> str:
         return self.bucket.uri
@@ -195,15 +196,15 @@ class S3Backend(KeyValueStoreBackend):
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         meta = self._get_result_meta(result, state, traceback, request)
         value = ensure_bytes(self.encode({**meta, 'task_id': bytes_to_str(task_id)}))
-        etag = bucket.etags.pop(key, None)
+        etag = bucket.etags.data.pop(key, None)
         for _ in range(20):
             etag = bucket.put(key, value, {'If-Match': etag} if etag else ABSENT)
             found, etag = bucket.get(key) if etag is None else (value, etag)
             if found == value and state not in self.READY_STATES:
                 bucket.etags[key] = etag
-            if found == value or found and self.decode_result(found)['status'] == 'SUCCESS':
+            if found == value or (found and self.decode_result(found)['status'] == 'SUCCESS'):
                 return result
-        raise BackendStoreError('others kept writing this state', state=state, task_id=task_id)
+        raise BackendStoreError('others kept writing, or it may not be read', state, task_id)
 
     def is_cached(self, task_id: str) -> bool:
         return True  # Celery asks before it names the failed part of a chord
@@ -220,9 +221,9 @@ class S3Backend(KeyValueStoreBackend):
                 logger.info('Deleted %d of %d objects', len(expired), len(page))
 
     def _apply_chord_incr(self, header_result_args, body, **kwargs):
-        if not self.bucket.is_conditional():
+        if self.bucket.denied_is_missing or not self.bucket.is_conditional():
             return super().apply_chord(header_result_args, body, **kwargs)  # it polls
-        body['chord_size'] = len(header_result_args[1])
+        body['chord_size'] = sum(len(getattr(r, 'results', [r])) for r in header_result_args[1])
         super()._apply_chord_incr(header_result_args, body, **kwargs)
 
     def __reduce__(self, args=(), kwargs=None):
@@ -241,7 +242,7 @@ class S3Backend(KeyValueStoreBackend):
         self.bucket.delete(bytes_to_str(key))
 
     def incr(self, key: bytes) -> int:
-        return 1  # whoever comes this far has claimed the chord
+        return 1  # who comes this far has claimed the chord
 
     def on_chord_part_return(self, request, state, result, **kwargs):
         """Leave a marker of this part; who sees all markers and wins the claim sends the body."""
@@ -249,23 +250,22 @@ class S3Backend(KeyValueStoreBackend):
         if not size:
             return None  # a chord that polls
         claim = f'{bytes_to_str(self.get_key_for_chord(request.group))}.done'
-        marker = f'{claim}-{request.id}'
-        bucket.put(marker, b'')
+        bucket.put(f'{claim}-{request.id}', b'')
         keys = [key for page in bucket.list(claim) for key in page]
         if claim in keys:
-            return bucket.delete(marker)  # of a task delivered twice
+            return bucket.delete(f'{claim}-{request.id}')  # of a task delivered twice
         if len(keys) >= size and (bucket.put(claim, me, ABSENT) or bucket.get(claim)[0] == me):
-            request.chord['chord_size'] = self.incr(claim)
+            request.chord['chord_size'] = 1  # what Celery waits for incr() to reach
             super().on_chord_part_return(request, state, result, **kwargs)
             bucket.each(bucket.delete, keys)
 
     def _read_settings(self) -> dict:
         conf, url, settings = self.app.conf, urlsplit(self.url or ''), dict(DEFAULTS)
         given = conf.get('CELERY_S3_BACKEND_SETTINGS') or conf.get('s3_backend_settings') or {}
-        named, name = {'bucket': url.hostname, 'base_path': unquote(url.path) or None}, 'it'
+        named, name = {'bucket': url.netloc, 'base_path': unquote(url.path)}, 'it'
         try:
             for name, value in [*given.items(), *named.items(), *parse_qsl(url.query)]:
-                if value is not None:
+                if value:
                     settings[name] = READERS[type(DEFAULTS[name])](value)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problem = f'{name} is unknown or of the wrong type; the settings are {DEFAULTS}'

@@ -4,6 +4,7 @@
 tests named `test_store_...`) against that live bucket; without it they run on `responses`.
 """
 
+import gc
 import hashlib
 import hmac
 import itertools
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
@@ -410,7 +412,10 @@ def test_no_secret_shows(store):
         backend.get('key')
     with pytest.raises(ImproperlyConfigured) as typo:
         assert configured(aws_secret_acces_key=SECRET).bucket
-    shown = [backend, backend.bucket, backend.as_uri(True), error.value, typo.value]
+    with pytest.raises(ImproperlyConfigured, match='bucket must name one') as userinfo:
+        assert make_app(f'celery_s3.S3Backend+s3://KEY:{quote(SECRET)}@bucket').backend
+    shown = [backend, backend.bucket, backend.as_uri(True)]
+    shown += [error.value, typo.value, userinfo.value]
     assert not re.search(f'{SECRET}|TOKEN', ' '.join(map(repr, shown)) + str(error.value.response))
 
 
@@ -482,7 +487,7 @@ def test_the_connections_are_quick_and_bounded():
     http = configured(max_connections=7).bucket._http
     assert (6, 1, 1) in http._socket_options  # TCP_NODELAY
     assert http._max_pool_connections == 7
-    assert http._timeout == 5
+    assert (http._timeout.connect_timeout, http._timeout.read_timeout) == (2, 5)
 
 
 # URLs and keys
@@ -749,7 +754,7 @@ def test_a_group_is_saved_restored_and_deleted_with_one_request_each(store, app)
 
 
 def test_threads_share_one_backend(store, app):
-    assert app.backend.thread_safe
+    assert app.backend.thread_safe and app.backend.bucket.is_conditional()
     with ThreadPoolExecutor(30) as threads:
         list(threads.map(lambda n: app.backend.store_result(str(n), n, 'SUCCESS'), range(90)))
         results = list(threads.map(lambda n: app.backend.get_result(str(n)), range(90)))
@@ -785,6 +790,15 @@ def test_a_fork_shares_neither_connections_nor_locks_nor_what_was_learned(store,
     assert os.waitpid(child, 0)[1] == 0
     backend.get_state('id')
     assert wire.sessions[-1] is parent
+
+
+def test_a_backend_that_is_not_used_any_more_is_freed(wire):
+    app = make_app()
+    app.set_current()
+    bucket = weakref.ref(pickle.loads(pickle.dumps(app.backend)).bucket)
+    Celery(set_as_current=True)
+    gc.collect()
+    assert bucket() is None
 
 
 def test_a_system_without_fork_does_without(store, monkeypatch):
@@ -934,13 +948,15 @@ def test_others_who_never_stop_writing_are_an_error(store, backend):
 
 
 @pytest.mark.parametrize('conditions', ['ignored', 'unknown'])
-def test_a_store_without_conditions_is_not_trusted(store, app, conditions):
+def test_a_store_without_conditions_is_not_trusted(store, app, caplog, conditions):
     store.conditions = conditions
+    caplog.set_level('INFO', 'celery_s3')
     app.backend.store_result('id', None, 'STARTED')
     app.backend.store_result('id', 'right', 'SUCCESS')
     app.backend.store_result('id', ValueError('late'), 'FAILURE')
     assert AsyncResult('id', app=app).get() == 'right'
     trials = store.requests.count('PUT celery-s3-probe')
+    assert caplog.messages == ['s3://results/ honours conditional writes: False']
     assert trials == (2 if conditions == 'ignored' else 1)
     reads_and_writes = [f'GET {TASK}id', f'PUT {TASK}id'] * 2 + [f'GET {TASK}id'] * 2
     assert store.count() == reads_and_writes
@@ -964,10 +980,13 @@ def test_a_store_that_ignores_if_match_alone_is_not_trusted(store, backend):
     assert backend.bucket.is_conditional() is False
 
 
-def test_an_outage_at_the_first_store_does_not_decide_for_good(store, backend):
-    store.plan += [('PUT celery-s3-probe', refused(503, 'SlowDown'))] * 5
-    backend.store_result('1', 1, 'SUCCESS')
-    assert store.count() == [f'GET {TASK}1', f'PUT {TASK}1']
+@pytest.mark.parametrize(('status', 'code'), [(503, 'SlowDown'), (403, 'RequestTimeTooSkewed')])
+def test_an_error_at_the_first_store_does_not_decide_for_good(store, backend, status, code):
+    store.plan += [('PUT celery-s3-probe', refused(status, code))] * 5
+    with pytest.raises(ClientError, match=code):
+        backend.store_result('1', 1, 'SUCCESS')
+    store.plan.clear()
+    assert store.count() == []
     backend.store_result('2', 2, 'SUCCESS')
     assert store.count() == [f'PUT {TASK}2']
 
@@ -1195,6 +1214,20 @@ def test_without_conditions_celerys_own_polling_runs_the_chord(store, app, condi
     assert result.state == 'PENDING'
 
 
+def test_where_listing_may_be_denied_chords_poll(store, app):
+    app.conf.CELERY_S3_BACKEND_SETTINGS = {'bucket': 'results', 'denied_is_missing': True}
+    chord([app.tasks['add'].s(1)], app=app)(app.tasks['total'].s())
+    assert sorted(name for name, _, _ in messages(app)) == ['add', 'celery.chord_unlock']
+
+
+def test_a_group_at_the_end_of_a_chain_counts_with_all_its_tasks(store, app):
+    add = app.tasks['add']
+    header = [chain(add.s(1), group(add.s(2), add.s(3), app=app)), add.s(4)]
+    chord(header, app=app)(app.tasks['total'].s())
+    [size] = {request.chord['chord_size'] for _, _, request in messages(app) if request.chord}
+    assert size == 3
+
+
 def test_a_task_outside_of_any_chord_leaves_no_marker(store, app):
     app.tasks['add'].delay(1)
     [(_, _, request)] = messages(app)
@@ -1318,7 +1351,7 @@ def test_an_outage_of_timeouts_ends_within_30_seconds_after_five_attempts(store,
     start = clock.now
 
     def blackhole(answer):
-        clock.now += celery_s3.TIMEOUT
+        clock.now += celery_s3.TIMEOUT[1]
         raise ReadTimeoutError(endpoint_url='s3')
 
     store.plan += [('GET', blackhole)] * 99
@@ -1358,6 +1391,7 @@ TRANSPORT = {'endpoint_url': 'e', 'error': 'x', 'proxy_url': 'p'}
         (ProxyConnectionError(**TRANSPORT), True),
         (ReadTimeoutError(**TRANSPORT), True),
         (SSLError(endpoint_url='e', error='EOF occurred in violation of protocol'), True),
+        (SSLError(endpoint_url='e', error='The handshake operation timed out'), True),
         (SSLError(endpoint_url='e', error='[SSL: CERTIFICATE_VERIFY_FAILED]'), False),
         (HTTPClientError(error='no such scheme'), False),
         (ValueError('key'), False),
