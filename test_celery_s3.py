@@ -21,7 +21,7 @@ import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 import botocore.auth
@@ -30,6 +30,7 @@ import pytest
 import requests
 import responses
 from botocore.awsrequest import AWSResponse
+from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import (
     ClientError,
     ConnectionClosedError,
@@ -148,6 +149,8 @@ class Store:
     def answer(self, request, key, query):
         if urlsplit(request.url).hostname.split('.')[0] != 'results':
             return refusal(404, 'NoSuchBucket')
+        if '+' in request.url or quote(unquote(url := urlsplit(request.url).path), '/-._~') != url:
+            return refusal(403, 'SignatureDoesNotMatch')  # S3 signs what it would have encoded
         region, expected = signature(request)
         if region != self.region:
             return refusal(
@@ -182,12 +185,14 @@ class Store:
         return hashlib.md5(self.objects[key][0]).hexdigest()
 
     def list(self, query):
+        assert query['list-type'] == '2'
+        encoded = query.get('encoding-type') == 'url'
         after = query.get('continuation-token', '')
         keys = sorted(k for k in self.objects if k.startswith(query['prefix']) and k > after)
         token = keys[self.page - 1] if len(keys) > self.page else ''
         found = ''.join(
-            f'<Contents><Key>{escape(quote(key))}</Key><LastModified>'
-            f'{self.objects[key][1]:%Y-%m-%dT%H:%M:%S.000Z}</LastModified></Contents>'
+            f'<Contents><Key>{escape(quote_plus(key, "/") if encoded else key)}</Key>'
+            f'<LastModified>{self.objects[key][1]:%Y-%m-%dT%H:%M:%S.000Z}</LastModified></Contents>'
             for key in keys[: self.page]
         )
         more = f'<NextContinuationToken>{escape(token)}</NextContinuationToken>' if token else ''
@@ -598,10 +603,10 @@ def test_each_attempt_is_signed_afresh_with_the_credentials_of_the_moment(store,
 
 class Rotating:
     def __init__(self, keys):
-        self.access_key, self.secret_key, self.token = keys
+        self.keys = keys
 
     def get_frozen_credentials(self):
-        return self
+        return ReadOnlyCredentials(*self.keys)
 
 
 def test_without_credentials_the_error_says_so(store, monkeypatch):
@@ -734,6 +739,8 @@ def test_a_join_fetches_the_results_in_parallel(store, app):
     for number in range(30):
         app.backend.store_result(str(number), number, 'SUCCESS')
     store.count()
+    barrier = threading.Barrier(30)
+    store.gate = lambda name: barrier.wait(5)  # breaks unless all are on their way at once
     results = GroupResult(
         'g', [AsyncResult(str(number), app=app) for number in range(30)], app=app
     )
@@ -1241,19 +1248,19 @@ def test_a_task_outside_of_any_chord_leaves_no_marker(store, app):
 @pytest.mark.parametrize('global_keyprefix', ['', 'shop'])
 def test_cleanup_deletes_what_has_expired_and_nothing_else(store, caplog, global_keyprefix):
     app = make_app(
-        settings={'bucket': 'results', 'base_path': 'celery'},
+        settings={'bucket': 'results', 'base_path': 'celery +é'},
         result_expires=timedelta(days=1),
         result_backend_transport_options={'global_keyprefix': global_keyprefix},
     )
-    own = 'celery/shop_' if global_keyprefix else 'celery/'
+    own = 'celery +é/shop_' if global_keyprefix else 'celery +é/'
     old, young = store.now - timedelta(days=1, seconds=1), store.now - timedelta(days=1)
     kinds = TASK, 'celery-taskset-meta-', 'chord-unlock-'
     for kind in kinds:
         store.objects[f'{own}{kind}old +é'] = b'', old
         store.objects[f'{own}{kind}young'] = b'', young
         store.objects[f'{kind}elsewhere'] = b'', old
-        store.objects[f'celery/other_{kind}'] = b'', old
-    store.objects['celery/other'] = store.objects['celery/celery-s3-probe'] = b'', old
+        store.objects[f'celery +é/other_{kind}'] = b'', old
+    store.objects['celery +é/other'] = store.objects['celery +é/celery-s3-probe'] = b'', old
     before = set(store.objects)
     caplog.set_level('INFO', 'celery_s3')
     app.backend.cleanup()
@@ -1333,6 +1340,7 @@ def test_what_will_not_pass_is_not_tried_again(store, backend, status, code):
     with pytest.raises(ClientError) as error:
         backend.get('key')
     assert error.value.response['Error']['Code'] == code
+    assert ('s3:ListBucket' in str(error.value)) is (status == 403)
     assert not backend.exception_safe_to_retry(error.value)
     assert store.requests == ['GET key']
 
@@ -1467,6 +1475,191 @@ def test_denied_is_missing_where_the_setting_says_so(store):
     store.plan.append(('PUT', refused(403, 'AccessDenied')))
     with pytest.raises(ClientError, match='AccessDenied'):
         backend.set('key', 'x')
+
+
+def test_a_late_process_does_not_build_on_the_success_it_found(store, app):
+    app.backend.store_result('id', 'right', 'SUCCESS')
+    other = make_app().backend
+    for state in 'STARTED', 'RETRY', 'FAILURE':
+        other.store_result('id', late(state), state)
+    assert AsyncResult('id', app=app).get() == 'right'
+    assert other.bucket.etags == {}
+
+
+def test_states_carry_the_headers_too(store):
+    backend = configured(encrypt_key=True, headers={'x-amz-tagging': 'a=b'})
+    for state in 'STARTED', 'SUCCESS':
+        backend.store_result('id', 1, state)
+    first, second = (call.headers for call in store.calls[-2:])
+    assert first['If-None-Match'] == '*' and second['If-Match']
+    for put in first, second:
+        assert put['x-amz-server-side-encryption'] == 'AES256' and put['x-amz-tagging'] == 'a=b'
+
+
+def test_certificates_are_verified_unless_told_otherwise():
+    assert configured().bucket._http._verify is True
+
+
+def test_a_session_token_is_sent(store):
+    backend = configured(
+        aws_access_key_id='AKID', aws_secret_access_key=SECRET, aws_session_token='TOKEN'
+    )
+    backend.get('x')
+    assert to_str(store.calls[0].headers['X-Amz-Security-Token']) == 'TOKEN'
+
+
+@pytest.mark.parametrize('conditions', ['honoured', 'ignored'])
+def test_a_state_keeps_its_traceback_and_its_request(store, conditions):
+    store.conditions = conditions
+    backend = make_app(result_extended=True).backend
+    request = Context(id='id', task='add', args=[1], kwargs={}, group='g', parent_id='p')
+    backend.store_result('id', ValueError('boom'), 'FAILURE', 'line 1', request=request)
+    meta = backend.get_task_meta('id')
+    kept = [meta.get(name) for name in ('traceback', 'name', 'args', 'group_id', 'parent_id')]
+    assert kept == ['line 1', 'add', [1], 'g', 'p']
+
+
+def test_the_region_setting_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv('AWS_DEFAULT_REGION', 'eu-central-1')
+    assert configured(aws_region='eu-west-1').bucket._place[0] == 'eu-west-1'
+
+
+@pytest.mark.parametrize(('status', 'code'), [(412, 'PreconditionFailed'), (404, 'NoSuchKey')])
+def test_a_write_without_a_condition_is_never_taken_for_unmet(store, backend, status, code):
+    store.plan.append(('PUT', refused(status, code)))
+    with pytest.raises(ClientError, match=code):
+        backend.set('key', 'x')
+
+
+def test_an_absent_bucket_is_no_unmet_condition(store):
+    bucket = configured(bucket='absent').bucket
+    with pytest.raises(ClientError, match='NoSuchBucket'):
+        bucket.put('key', b'', celery_s3.ABSENT)
+
+
+@pytest.mark.parametrize('base_path', ['..', '../x', 'a/../b', 'a\nb', 'x' * 1009])
+def test_a_folder_that_is_not_safe_is_refused(store, base_path):
+    with pytest.raises(ValueError, match='no safe S3 key'):
+        configured(base_path=base_path).get(TASK)
+    assert store.requests == []
+
+
+def test_the_pauses_are_jittered(store, backend, clock, monkeypatch):
+    monkeypatch.setattr('celery.utils.time.random.randrange', lambda stop: stop // 4)
+    store.plan += [('GET', refused(503, 'SlowDown'))] * 2
+    backend.get('key')
+    assert clock.slept == [0.05, 0.1]
+
+
+def test_credentials_are_looked_up_by_one_thread_at_a_time(store, backend):
+    look_up, together = backend.bucket._session.get_credentials, threading.Barrier(2)
+    met = []
+
+    def meet():
+        try:
+            met.append(together.wait(0.02))  # nobody else may get here meanwhile
+        except threading.BrokenBarrierError:
+            together.reset()
+        return look_up()
+
+    backend.bucket._session.get_credentials = meet
+    backend.mget([f'k{number}' for number in range(8)])
+    assert met == []
+
+
+def test_only_a_redirect_teaches_a_region(store, backend):
+    store.plan.append(('GET', refused(403, 'AccessDenied', {'x-amz-bucket-region': 'eu-west-1'})))
+    with pytest.raises(ClientError, match='AccessDenied'):
+        backend.get('key')
+    assert backend.bucket._place[0] == 'us-east-1'
+    assert len(store.requests) == 1
+
+
+def test_an_error_without_a_message(store, backend):
+    store.plan.append(('PUT', lambda answer: (400, {}, '<Error><Code>X</Code></Error>')))
+    with pytest.raises(ClientError) as error:
+        backend.set('key', 'x')
+    assert 'operation:  (HTTP 400' in str(error.value)
+
+
+def test_a_trial_that_cannot_be_sent_raises_and_decides_nothing(store, backend):
+    store.plan += [('PUT celery-s3-probe', dropped)] * 5
+    with pytest.raises(ConnectionClosedError):
+        backend.store_result('1', 1, 'SUCCESS')
+    backend.store_result('2', 2, 'SUCCESS')
+    assert store.count() == [f'PUT {TASK}2']
+
+
+def test_a_busy_state_is_written_in_the_end(store, backend):
+    store.plan += [(f'PUT {TASK}', refused(412, 'PreconditionFailed'))] * 19
+    store.objects[f'{TASK}id'] = b'{"status": "PROGRESS", "result": 1}', store.now
+    backend.store_result('id', 2, 'SUCCESS')
+    assert backend.get_result('id') == 2
+
+
+def test_cleanup_deletes_in_parallel(store, backend):
+    for number in range(8):
+        store.objects[f'{TASK}{number}'] = b'', store.now - timedelta(days=2)
+    barrier = threading.Barrier(8)
+    store.gate = lambda name: barrier.wait(5) if name.startswith('DELETE') else None
+    backend.cleanup()
+    assert store.objects == {}
+
+
+def test_markers_are_deleted_in_parallel(store, app):
+    parts, _ = begin(app, 8)
+    barrier = threading.Barrier(8)
+    store.gate = lambda name: barrier.wait(5) if re.match('DELETE .*done-', name) else None
+    for part in parts:
+        finish(app.backend, part)
+    assert markers(store) == []
+
+
+def test_the_body_is_sent_before_the_markers_go(store, app):
+    parts, _ = begin(app, 1)
+    store.plan.append(('DELETE .*done-', refused(403, 'AccessDenied')))
+    with pytest.raises(ClientError, match='AccessDenied'):
+        finish(app.backend, parts[0])
+    assert [name for name, _, _ in messages(app)] == ['total']
+
+
+def test_mget_has_a_thread_per_connection(store):
+    barrier, threads = threading.Barrier(4), set()
+
+    def gate(name):
+        threads.add(threading.get_ident())
+        barrier.wait(10)
+
+    store.gate = gate
+    configured(max_connections=4).mget([f'k{number}' for number in range(12)])
+    assert len(threads) == 4
+
+
+def test_lower_case_settings():
+    app = Celery(set_as_current=False)
+    app.conf.update(result_backend='celery_s3.S3Backend', s3_backend_settings={'bucket': 'lower'})
+    assert app.backend.as_uri() == 's3://lower/'
+
+
+def test_polling_keeps_its_options(store, app):
+    store.conditions = 'ignored'
+    parts = [app.tasks['add'].s(number) for number in range(2)]
+    chord(parts, app=app)(app.tasks['total'].s(), interval=7, max_retries=3)
+    with app.connection_for_read() as connection:
+        queue = connection.SimpleQueue('celery')
+        sent = [queue.get(block=False) for _ in range(3)]
+    [unlock] = [one for one in sent if one.headers['task'] == 'celery.chord_unlock']
+    assert unlock.payload[1]['interval'] == 7 and unlock.payload[1]['max_retries'] == 3
+
+
+def test_the_cause_of_a_bad_setting_is_chained():
+    with pytest.raises(ImproperlyConfigured) as error:
+        assert configured(max_attempts='many').bucket
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_pickle_kwargs(backend):
+    assert backend.__reduce__((), {'expires': 5})[1][2] == {'expires': 5, 'url': None}
 
 
 # A real worker
