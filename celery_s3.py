@@ -196,7 +196,7 @@ class S3Backend(KeyValueStoreBackend):
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         meta = self._get_result_meta(result, state, traceback, request)
         value = ensure_bytes(self.encode({**meta, 'task_id': bytes_to_str(task_id)}))
-        etag = bucket.etags.data.pop(key, None)
+        etag = bucket.etags.data.pop(key, None)  # the cache's own pop is not atomic
         for _ in range(20):
             etag = bucket.put(key, value, {'If-Match': etag} if etag else ABSENT)
             found, etag = bucket.get(key) if etag is None else (value, etag)
@@ -204,7 +204,7 @@ class S3Backend(KeyValueStoreBackend):
                 bucket.etags[key] = etag
             if found == value or (found and self.decode_result(found)['status'] == 'SUCCESS'):
                 return result
-        raise BackendStoreError('others kept writing, or it may not be read', state, task_id)
+        raise BackendStoreError('others keep writing it, or hide it', state=state, task_id=task_id)
 
     def is_cached(self, task_id: str) -> bool:
         return True  # Celery asks before it names the failed part of a chord
@@ -265,7 +265,7 @@ class S3Backend(KeyValueStoreBackend):
         named, name = {'bucket': url.netloc, 'base_path': unquote(url.path)}, 'it'
         try:
             for name, value in [*given.items(), *named.items(), *parse_qsl(url.query)]:
-                if value:
+                if value not in (None, ''):
                     settings[name] = READERS[type(DEFAULTS[name])](value)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problem = f'{name} is unknown or of the wrong type; the settings are {DEFAULTS}'

@@ -404,6 +404,7 @@ def test_bad_settings_are_named_before_any_request(settings, problem):
 
 
 def test_a_number_below_one_counts_as_one(store):
+    assert configured(max_attempts=0, max_connections='-1').bucket.max_attempts == 1
     assert configured(max_attempts=0, max_connections='-1').mget([b'missing']) == [None]
     assert store.requests == ['GET missing']
 
@@ -950,8 +951,9 @@ def test_eight_at_once_leave_one_valid_value(store):
 def test_others_who_never_stop_writing_are_an_error(store, backend):
     store.plan += [(f'PUT {TASK}', refused(412, 'PreconditionFailed'))] * 99
     store.objects[f'{TASK}id'] = b'{"status": "PROGRESS", "result": 1}', store.now
-    with pytest.raises(BackendStoreError, match='others kept writing'):
+    with pytest.raises(BackendStoreError, match='others keep writing it') as error:
         backend.store_result('id', 1, 'SUCCESS')
+    assert (error.value.state, error.value.task_id) == ('SUCCESS', 'id')
 
 
 @pytest.mark.parametrize('conditions', ['ignored', 'unknown'])
