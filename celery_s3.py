@@ -173,7 +173,7 @@ class Bucket:
 
 
 class S3Backend(KeyValueStoreBackend):
-    """Celery's results, groups and chords in a `Bucket`."""
+    """Celery's results, groups and chords in a `Bucket`; refuses wrong settings at once."""
 
     supports_native_join = supports_result_compression = implements_incr = True
     exception_safe_to_retry = staticmethod(is_transient)
@@ -190,7 +190,7 @@ class S3Backend(KeyValueStoreBackend):
         return self.bucket.uri
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        """Store a state in one PUT, on the condition that nobody else has written meanwhile."""
+        """Store a state in one PUT, unless somebody else wrote meanwhile; a SUCCESS stays."""
         key, bucket = bytes_to_str(self.get_key_for_task(task_id)), self.bucket
         if not bucket.is_conditional():
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
@@ -265,8 +265,8 @@ class S3Backend(KeyValueStoreBackend):
         named, name = {'bucket': url.netloc, 'base_path': unquote(url.path)}, 'it'
         try:
             for name, value in [*given.items(), *named.items(), *parse_qsl(url.query)]:
-                if value not in (None, ''):
-                    settings[name] = READERS[type(DEFAULTS[name])](value)
+                read, unset = READERS[type(DEFAULTS[name])], value in (None, '')
+                settings[name] = settings[name] if unset else read(value)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problem = f'{name} is unknown or of the wrong type; the settings are {DEFAULTS}'
             raise ImproperlyConfigured(f'CELERY_S3_BACKEND_SETTINGS: {problem}') from error

@@ -391,6 +391,7 @@ def test_a_setting_of_none_is_not_set():
         ({'bucket': 'a/b'}, 'bucket must name one'),
         (['bucket'], 'CELERY_S3_BACKEND_SETTINGS: it is .* of the wrong type'),
         ({'bucket': 'b', 'buckt': 'x'}, "buckt is unknown .*'bucket'.*'max_attempts'"),
+        ({'bucket': 'b', 'buckt': None}, 'buckt is unknown'),
         ({'bucket': 'b', 'max_attempts': 'many'}, 'max_attempts is .* of the wrong type'),
         ({'bucket': 'b', 'encrypt_key': 'maybe'}, 'encrypt_key is .* of the wrong type'),
         ({'bucket': 'b', 'headers': 'x-amz-tagging'}, 'headers is .* of the wrong type'),
@@ -444,6 +445,22 @@ def test_the_backend_pickles_with_its_url():
     assert copied.as_uri() == 's3://of-url/folder/'
 
 
+def test_lower_case_settings():
+    app = Celery(set_as_current=False)
+    app.conf.update(result_backend='celery_s3.S3Backend', s3_backend_settings={'bucket': 'lower'})
+    assert app.backend.as_uri() == 's3://lower/'
+
+
+def test_the_cause_of_a_bad_setting_is_chained():
+    with pytest.raises(ImproperlyConfigured) as error:
+        assert configured(max_attempts='many').bucket
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_pickle_kwargs(backend):
+    assert backend.__reduce__((), {'expires': 5})[1][2] == {'expires': 5, 'url': None}
+
+
 # The environment, as every AWS tool reads it
 
 
@@ -494,6 +511,15 @@ def test_the_connections_are_quick_and_bounded():
     assert (6, 1, 1) in http._socket_options  # TCP_NODELAY
     assert http._max_pool_connections == 7
     assert (http._timeout.connect_timeout, http._timeout.read_timeout) == (2, 5)
+
+
+def test_certificates_are_verified_unless_told_otherwise():
+    assert configured().bucket._http._verify is True
+
+
+def test_the_region_setting_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv('AWS_DEFAULT_REGION', 'eu-central-1')
+    assert configured(aws_region='eu-west-1').bucket._place[0] == 'eu-west-1'
 
 
 # URLs and keys
@@ -555,6 +581,13 @@ def test_path_style_keys_are_under_the_bucket(wire):
     wire.get('http://store:9000/results/folder/a%20b', body=b'x')
     backend = configured(endpoint_url='http://store:9000', base_path='folder')
     assert backend.get('a b') == b'x'
+
+
+@pytest.mark.parametrize('base_path', ['..', '../x', 'a/../b', 'a\nb', 'x' * 1009])
+def test_a_folder_that_is_not_safe_is_refused(store, base_path):
+    with pytest.raises(ValueError, match='no safe S3 key'):
+        configured(base_path=base_path).get(TASK)
+    assert store.requests == []
 
 
 # Signing
@@ -646,6 +679,38 @@ def test_a_store_that_keeps_naming_another_region_is_an_error(store, backend):
     with pytest.raises(ClientError, match='PermanentRedirect'):
         backend.get('x')
     assert len(store.requests) == 5
+
+
+def test_a_session_token_is_sent(store):
+    backend = configured(
+        aws_access_key_id='AKID', aws_secret_access_key=SECRET, aws_session_token='TOKEN'
+    )
+    backend.get('x')
+    assert to_str(store.calls[0].headers['X-Amz-Security-Token']) == 'TOKEN'
+
+
+def test_credentials_are_looked_up_by_one_thread_at_a_time(store, backend):
+    look_up, together = backend.bucket._session.get_credentials, threading.Barrier(2)
+    met = []
+
+    def meet():
+        try:
+            met.append(together.wait(0.02))  # nobody else may get here meanwhile
+        except threading.BrokenBarrierError:
+            together.reset()
+        return look_up()
+
+    backend.bucket._session.get_credentials = meet
+    backend.mget([f'k{number}' for number in range(8)])
+    assert met == []
+
+
+def test_only_a_redirect_teaches_a_region(store, backend):
+    store.plan.append(('GET', refused(403, 'AccessDenied', {'x-amz-bucket-region': 'eu-west-1'})))
+    with pytest.raises(ClientError, match='AccessDenied'):
+        backend.get('key')
+    assert backend.bucket._place[0] == 'us-east-1'
+    assert len(store.requests) == 1
 
 
 # Get, set, delete, mget
@@ -756,6 +821,31 @@ def test_a_group_is_saved_restored_and_deleted_with_one_request_each(store, app)
     group_result.delete(backend=app.backend)
     key = 'celery-taskset-meta-gid'
     assert store.requests == [f'PUT {key}', f'GET {key}', f'DELETE {key}']
+
+
+@pytest.mark.parametrize(('status', 'code'), [(412, 'PreconditionFailed'), (404, 'NoSuchKey')])
+def test_a_write_without_a_condition_is_never_taken_for_unmet(store, backend, status, code):
+    store.plan.append(('PUT', refused(status, code)))
+    with pytest.raises(ClientError, match=code):
+        backend.set('key', 'x')
+
+
+def test_an_absent_bucket_is_no_unmet_condition(store):
+    bucket = configured(bucket='absent').bucket
+    with pytest.raises(ClientError, match='NoSuchBucket'):
+        bucket.put('key', b'', celery_s3.ABSENT)
+
+
+def test_mget_has_a_thread_per_connection(store):
+    barrier, threads = threading.Barrier(4), set()
+
+    def gate(name):
+        threads.add(threading.get_ident())
+        barrier.wait(10)
+
+    store.gate = gate
+    configured(max_connections=4).mget([f'k{number}' for number in range(12)])
+    assert len(threads) == 4
 
 
 # Threads and forks
@@ -998,6 +1088,51 @@ def test_an_error_at_the_first_store_does_not_decide_for_good(store, backend, st
     assert store.count() == []
     backend.store_result('2', 2, 'SUCCESS')
     assert store.count() == [f'PUT {TASK}2']
+
+
+def test_a_late_process_does_not_build_on_the_success_it_found(store, app):
+    app.backend.store_result('id', 'right', 'SUCCESS')
+    other = make_app().backend
+    for state in 'STARTED', 'RETRY', 'FAILURE':
+        other.store_result('id', late(state), state)
+    assert AsyncResult('id', app=app).get() == 'right'
+    assert other.bucket.etags == {}
+
+
+def test_states_carry_the_headers_too(store):
+    backend = configured(encrypt_key=True, headers={'x-amz-tagging': 'a=b'})
+    for state in 'STARTED', 'SUCCESS':
+        backend.store_result('id', 1, state)
+    first, second = (call.headers for call in store.calls[-2:])
+    assert first['If-None-Match'] == '*' and second['If-Match']
+    for put in first, second:
+        assert put['x-amz-server-side-encryption'] == 'AES256' and put['x-amz-tagging'] == 'a=b'
+
+
+@pytest.mark.parametrize('conditions', ['honoured', 'ignored'])
+def test_a_state_keeps_its_traceback_and_its_request(store, conditions):
+    store.conditions = conditions
+    backend = make_app(result_extended=True).backend
+    request = Context(id='id', task='add', args=[1], kwargs={}, group='g', parent_id='p')
+    backend.store_result('id', ValueError('boom'), 'FAILURE', 'line 1', request=request)
+    meta = backend.get_task_meta('id')
+    kept = [meta.get(name) for name in ('traceback', 'name', 'args', 'group_id', 'parent_id')]
+    assert kept == ['line 1', 'add', [1], 'g', 'p']
+
+
+def test_a_trial_that_cannot_be_sent_raises_and_decides_nothing(store, backend):
+    store.plan += [('PUT celery-s3-probe', dropped)] * 5
+    with pytest.raises(ConnectionClosedError):
+        backend.store_result('1', 1, 'SUCCESS')
+    backend.store_result('2', 2, 'SUCCESS')
+    assert store.count() == [f'PUT {TASK}2']
+
+
+def test_a_busy_state_is_written_in_the_end(store, backend):
+    store.plan += [(f'PUT {TASK}', refused(412, 'PreconditionFailed'))] * 19
+    store.objects[f'{TASK}id'] = b'{"status": "PROGRESS", "result": 1}', store.now
+    backend.store_result('id', 2, 'SUCCESS')
+    assert backend.get_result('id') == 2
 
 
 # Chords
@@ -1244,6 +1379,34 @@ def test_a_task_outside_of_any_chord_leaves_no_marker(store, app):
     assert store.count() == [f'PUT {TASK}{request.id}']
 
 
+def test_markers_are_deleted_in_parallel(store, app):
+    parts, _ = begin(app, 8)
+    barrier = threading.Barrier(8)
+    store.gate = lambda name: barrier.wait(5) if re.match('DELETE .*done-', name) else None
+    for part in parts:
+        finish(app.backend, part)
+    assert markers(store) == []
+
+
+def test_the_body_is_sent_before_the_markers_go(store, app):
+    parts, _ = begin(app, 1)
+    store.plan.append(('DELETE .*done-', refused(403, 'AccessDenied')))
+    with pytest.raises(ClientError, match='AccessDenied'):
+        finish(app.backend, parts[0])
+    assert [name for name, _, _ in messages(app)] == ['total']
+
+
+def test_polling_keeps_its_options(store, app):
+    store.conditions = 'ignored'
+    parts = [app.tasks['add'].s(number) for number in range(2)]
+    chord(parts, app=app)(app.tasks['total'].s(), interval=7, max_retries=3)
+    with app.connection_for_read() as connection:
+        queue = connection.SimpleQueue('celery')
+        sent = [queue.get(block=False) for _ in range(3)]
+    [unlock] = [one for one in sent if one.headers['task'] == 'celery.chord_unlock']
+    assert unlock.payload[1]['interval'] == 7 and unlock.payload[1]['max_retries'] == 3
+
+
 # Expiry
 
 
@@ -1291,6 +1454,15 @@ def test_beat_has_a_task_for_it(store, app):
     app.tasks['celery.backend_cleanup']()
     assert store.objects == {}
     assert not app.backend.supports_autoexpire
+
+
+def test_cleanup_deletes_in_parallel(store, backend):
+    for number in range(8):
+        store.objects[f'{TASK}{number}'] = b'', store.now - timedelta(days=2)
+    barrier = threading.Barrier(8)
+    store.gate = lambda name: barrier.wait(5) if name.startswith('DELETE') else None
+    backend.cleanup()
+    assert store.objects == {}
 
 
 # Failures
@@ -1479,73 +1651,6 @@ def test_denied_is_missing_where_the_setting_says_so(store):
         backend.set('key', 'x')
 
 
-def test_a_late_process_does_not_build_on_the_success_it_found(store, app):
-    app.backend.store_result('id', 'right', 'SUCCESS')
-    other = make_app().backend
-    for state in 'STARTED', 'RETRY', 'FAILURE':
-        other.store_result('id', late(state), state)
-    assert AsyncResult('id', app=app).get() == 'right'
-    assert other.bucket.etags == {}
-
-
-def test_states_carry_the_headers_too(store):
-    backend = configured(encrypt_key=True, headers={'x-amz-tagging': 'a=b'})
-    for state in 'STARTED', 'SUCCESS':
-        backend.store_result('id', 1, state)
-    first, second = (call.headers for call in store.calls[-2:])
-    assert first['If-None-Match'] == '*' and second['If-Match']
-    for put in first, second:
-        assert put['x-amz-server-side-encryption'] == 'AES256' and put['x-amz-tagging'] == 'a=b'
-
-
-def test_certificates_are_verified_unless_told_otherwise():
-    assert configured().bucket._http._verify is True
-
-
-def test_a_session_token_is_sent(store):
-    backend = configured(
-        aws_access_key_id='AKID', aws_secret_access_key=SECRET, aws_session_token='TOKEN'
-    )
-    backend.get('x')
-    assert to_str(store.calls[0].headers['X-Amz-Security-Token']) == 'TOKEN'
-
-
-@pytest.mark.parametrize('conditions', ['honoured', 'ignored'])
-def test_a_state_keeps_its_traceback_and_its_request(store, conditions):
-    store.conditions = conditions
-    backend = make_app(result_extended=True).backend
-    request = Context(id='id', task='add', args=[1], kwargs={}, group='g', parent_id='p')
-    backend.store_result('id', ValueError('boom'), 'FAILURE', 'line 1', request=request)
-    meta = backend.get_task_meta('id')
-    kept = [meta.get(name) for name in ('traceback', 'name', 'args', 'group_id', 'parent_id')]
-    assert kept == ['line 1', 'add', [1], 'g', 'p']
-
-
-def test_the_region_setting_wins_over_the_environment(monkeypatch):
-    monkeypatch.setenv('AWS_DEFAULT_REGION', 'eu-central-1')
-    assert configured(aws_region='eu-west-1').bucket._place[0] == 'eu-west-1'
-
-
-@pytest.mark.parametrize(('status', 'code'), [(412, 'PreconditionFailed'), (404, 'NoSuchKey')])
-def test_a_write_without_a_condition_is_never_taken_for_unmet(store, backend, status, code):
-    store.plan.append(('PUT', refused(status, code)))
-    with pytest.raises(ClientError, match=code):
-        backend.set('key', 'x')
-
-
-def test_an_absent_bucket_is_no_unmet_condition(store):
-    bucket = configured(bucket='absent').bucket
-    with pytest.raises(ClientError, match='NoSuchBucket'):
-        bucket.put('key', b'', celery_s3.ABSENT)
-
-
-@pytest.mark.parametrize('base_path', ['..', '../x', 'a/../b', 'a\nb', 'x' * 1009])
-def test_a_folder_that_is_not_safe_is_refused(store, base_path):
-    with pytest.raises(ValueError, match='no safe S3 key'):
-        configured(base_path=base_path).get(TASK)
-    assert store.requests == []
-
-
 def test_the_pauses_are_jittered(store, backend, clock, monkeypatch):
     monkeypatch.setattr('celery.utils.time.random.randrange', lambda stop: stop // 4)
     store.plan += [('GET', refused(503, 'SlowDown'))] * 2
@@ -1553,115 +1658,11 @@ def test_the_pauses_are_jittered(store, backend, clock, monkeypatch):
     assert clock.slept == [0.05, 0.1]
 
 
-def test_credentials_are_looked_up_by_one_thread_at_a_time(store, backend):
-    look_up, together = backend.bucket._session.get_credentials, threading.Barrier(2)
-    met = []
-
-    def meet():
-        try:
-            met.append(together.wait(0.02))  # nobody else may get here meanwhile
-        except threading.BrokenBarrierError:
-            together.reset()
-        return look_up()
-
-    backend.bucket._session.get_credentials = meet
-    backend.mget([f'k{number}' for number in range(8)])
-    assert met == []
-
-
-def test_only_a_redirect_teaches_a_region(store, backend):
-    store.plan.append(('GET', refused(403, 'AccessDenied', {'x-amz-bucket-region': 'eu-west-1'})))
-    with pytest.raises(ClientError, match='AccessDenied'):
-        backend.get('key')
-    assert backend.bucket._place[0] == 'us-east-1'
-    assert len(store.requests) == 1
-
-
 def test_an_error_without_a_message(store, backend):
     store.plan.append(('PUT', lambda answer: (400, {}, '<Error><Code>X</Code></Error>')))
     with pytest.raises(ClientError) as error:
         backend.set('key', 'x')
     assert 'operation:  (HTTP 400' in str(error.value)
-
-
-def test_a_trial_that_cannot_be_sent_raises_and_decides_nothing(store, backend):
-    store.plan += [('PUT celery-s3-probe', dropped)] * 5
-    with pytest.raises(ConnectionClosedError):
-        backend.store_result('1', 1, 'SUCCESS')
-    backend.store_result('2', 2, 'SUCCESS')
-    assert store.count() == [f'PUT {TASK}2']
-
-
-def test_a_busy_state_is_written_in_the_end(store, backend):
-    store.plan += [(f'PUT {TASK}', refused(412, 'PreconditionFailed'))] * 19
-    store.objects[f'{TASK}id'] = b'{"status": "PROGRESS", "result": 1}', store.now
-    backend.store_result('id', 2, 'SUCCESS')
-    assert backend.get_result('id') == 2
-
-
-def test_cleanup_deletes_in_parallel(store, backend):
-    for number in range(8):
-        store.objects[f'{TASK}{number}'] = b'', store.now - timedelta(days=2)
-    barrier = threading.Barrier(8)
-    store.gate = lambda name: barrier.wait(5) if name.startswith('DELETE') else None
-    backend.cleanup()
-    assert store.objects == {}
-
-
-def test_markers_are_deleted_in_parallel(store, app):
-    parts, _ = begin(app, 8)
-    barrier = threading.Barrier(8)
-    store.gate = lambda name: barrier.wait(5) if re.match('DELETE .*done-', name) else None
-    for part in parts:
-        finish(app.backend, part)
-    assert markers(store) == []
-
-
-def test_the_body_is_sent_before_the_markers_go(store, app):
-    parts, _ = begin(app, 1)
-    store.plan.append(('DELETE .*done-', refused(403, 'AccessDenied')))
-    with pytest.raises(ClientError, match='AccessDenied'):
-        finish(app.backend, parts[0])
-    assert [name for name, _, _ in messages(app)] == ['total']
-
-
-def test_mget_has_a_thread_per_connection(store):
-    barrier, threads = threading.Barrier(4), set()
-
-    def gate(name):
-        threads.add(threading.get_ident())
-        barrier.wait(10)
-
-    store.gate = gate
-    configured(max_connections=4).mget([f'k{number}' for number in range(12)])
-    assert len(threads) == 4
-
-
-def test_lower_case_settings():
-    app = Celery(set_as_current=False)
-    app.conf.update(result_backend='celery_s3.S3Backend', s3_backend_settings={'bucket': 'lower'})
-    assert app.backend.as_uri() == 's3://lower/'
-
-
-def test_polling_keeps_its_options(store, app):
-    store.conditions = 'ignored'
-    parts = [app.tasks['add'].s(number) for number in range(2)]
-    chord(parts, app=app)(app.tasks['total'].s(), interval=7, max_retries=3)
-    with app.connection_for_read() as connection:
-        queue = connection.SimpleQueue('celery')
-        sent = [queue.get(block=False) for _ in range(3)]
-    [unlock] = [one for one in sent if one.headers['task'] == 'celery.chord_unlock']
-    assert unlock.payload[1]['interval'] == 7 and unlock.payload[1]['max_retries'] == 3
-
-
-def test_the_cause_of_a_bad_setting_is_chained():
-    with pytest.raises(ImproperlyConfigured) as error:
-        assert configured(max_attempts='many').bucket
-    assert isinstance(error.value.__cause__, ValueError)
-
-
-def test_pickle_kwargs(backend):
-    assert backend.__reduce__((), {'expires': 5})[1][2] == {'expires': 5, 'url': None}
 
 
 # A real worker
