@@ -1,26 +1,26 @@
-"""Celery results in Amazon S3, over requests that botocore signs: no boto3, no client, no server.
+"""Celery results in Amazon S3: one file on botocore, without boto3 and without a server.
 
-result_backend = 'celery_s3.S3Backend'
-CELERY_S3_BACKEND_SETTINGS = {'bucket': 'my-results'}
+    result_backend = 'celery_s3.S3Backend'
+    CELERY_S3_BACKEND_SETTINGS = {'bucket': 'my-results'}
+
+`Bucket` speaks signed S3 over HTTP; `S3Backend` maps Celery's contract onto a `Bucket`.
 """
 
-import logging
 import os
+import random
 import re
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from itertools import count, islice
 from socket import IPPROTO_TCP, TCP_NODELAY
-from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit
-from weakref import ref
-from xml.etree import ElementTree
 
-from botocore import auth, awsrequest, configprovider, endpoint_provider, exceptions
-from botocore import handlers, httpsession, parsers, session, utils
+from botocore import auth, awsrequest, exceptions, httpsession, parsers, session, utils
+from celery import states
+from celery.app.task import Context
 from celery.backends.base import KeyValueStoreBackend
 from celery.exceptions import BackendStoreError, ImproperlyConfigured
-from celery.utils.serialization import strtobool
 from celery.utils.time import get_exponential_backoff_interval
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from kombu.utils.functional import LRUCache
@@ -28,212 +28,200 @@ from kombu.utils.functional import LRUCache
 __all__ = ('Bucket', 'S3Backend')
 __version__ = '2.0.0'
 
-DEFAULTS = dict.fromkeys(('bucket', 'base_path', 'aws_region', 'endpoint_url'), '')
-DEFAULTS |= dict.fromkeys(('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token'), '')
-DEFAULTS |= dict.fromkeys(('reduced_redundancy', 'encrypt_key', 'denied_is_missing'), False)
-DEFAULTS |= {'headers': {}, 'max_connections': 50, 'max_attempts': 5}
-READERS = {str: str, bool: strtobool, int: lambda value: max(1, int(value)), dict: dict}
-
+CONFLICTS = 20  # with others who write the same state, before it is an error
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-TRANSIENT = {429, 500, 502, 503, 504, 'RequestTimeout', 'ConditionalRequestConflict'}
-DROPPED = exceptions.ConnectionError, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError
-TIMEOUT, PATIENCE = (2, 5), 22  # seconds: to connect, to wait; after which nothing is sent again
-# https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
-UNSAFE = re.compile(r'[\0-\x1f\x7f]|(^|/)\.\.?(/|$)')  # stores and proxies differ about these
-# https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
-ABSENT, NEVER, PROBE = {'If-None-Match': '*'}, {'If-Match': '0'}, 'celery-s3-probe'
-logger = logging.getLogger(__name__)
-parse_error = parsers.create_parser('rest-xml').parse
+TRANSIENT = {429, 500, 502, 503, 504, 'ConditionalRequestConflict', 'RequestTimeout', 'Throttling'}
+UNSAFE = re.compile(r'[\0-\x1f\x7f]|(^|/)\.\.?(/|$)')  # stores and proxies differ about such keys
 
 
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed when it is sent again."""
     if isinstance(error, exceptions.ClientError):
-        status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
-        return status in TRANSIENT or error.response.get('Error', {}).get('Code') in TRANSIENT
-    return isinstance(error, DROPPED) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
+        status = error.response['ResponseMetadata']['HTTPStatusCode']
+        return status in TRANSIENT or error.response['Error']['Code'] in TRANSIENT
+    return isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError))
 
 
+@dataclass(repr=False, eq=False)
 class Bucket:
-    """A folder of an S3 bucket, for the threads of one process. Raises ClientError for what S3
-    refuses, botocore's connection errors, and ValueError for a key that is not safe to send."""
+    """A folder of an S3 bucket, for the threads of one process; its parameters are the settings.
 
-    def __init__(self, settings: dict):
-        vars(self).update(settings)
-        self.folder = f'{self.base_path.strip("/")}/'.lstrip('/')
-        self.uri = f's3://{self.bucket}/{self.folder}'
-        reduced = {'x-amz-storage-class': 'REDUCED_REDUNDANCY'} if self.reduced_redundancy else {}
-        encrypted = {'x-amz-server-side-encryption': 'AES256'} if self.encrypt_key else {}
-        self.headers = reduced | encrypted | self.headers
-        self.etags = LRUCache(limit=10_000)  # of the objects that this process may write again
-        self._lock, self._conditional, self._session = threading.Lock(), None, session.Session()
+    Raises TypeError or ValueError for a wrong setting or an unsafe key, ClientError for what S3
+    refuses, and botocore's connection errors.
+    """
+
+    bucket: str
+    base_path: str = ''
+    aws_region: str = ''
+    aws_profile: str = ''
+    aws_access_key_id: str = ''
+    aws_secret_access_key: str = ''
+    aws_session_token: str = ''
+    endpoint_url: str = ''
+    headers: dict = field(default_factory=dict)
+    conditional_writes: bool = True
+    denied_is_missing: bool = False
+    max_connections: int = 50
+
+    def __post_init__(self):
+        for setting in fields(self):
+            if not isinstance(getattr(self, setting.name), setting.type):
+                raise TypeError(f'{setting.name} must be of type {setting.type.__name__}')
+        if bool(self.aws_access_key_id) != bool(self.aws_secret_access_key):
+            raise ValueError('aws_access_key_id and aws_secret_access_key go together')
+        if self.max_connections < 1:
+            raise ValueError('max_connections must be 1 or more')
+        folder = self.base_path.strip('/')
+        self._prefix = f'{folder}/' if folder else ''
+        self.uri = f's3://{self.bucket}/{self._prefix}'
+        self.etags = LRUCache(limit=10_000)  # by key, of objects that may be written again
+        self._quotes_etags = True
+        self._lock = threading.Lock()
+        self._session = session.Session(profile=self.aws_profile or None)
         if self.aws_access_key_id:
-            keys = self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token
+            keys = (self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token)
             self._session.set_credentials(*keys)
         config = self._session.get_config_variable
-        if not self.endpoint_url and not config('ignore_configured_endpoint_urls'):
-            places = self._session.full_config, self._session.get_scoped_config(), 's3'
-            self.endpoint_url = configprovider.ConfiguredEndpointProvider(*places).provide()
-        self._locate(self.aws_region or config('region') or 'us-east-1')
-        proxies, tcp = utils.get_environ_proxies(self._place[1]), [(IPPROTO_TCP, TCP_NODELAY, 1)]
-        ca = config('ca_bundle') or os.environ.get('REQUESTS_CA_BUNDLE', True)
-        self._http = httpsession.URLLib3Session(ca, proxies, TIMEOUT, self.max_connections, tcp)
+        self._attempts = config('max_attempts') or 5  # AWS_MAX_ATTEMPTS
+        self._region = self.aws_region or config('region') or 'us-east-1'
+        self._session.set_config_variable('region', self._region)  # STS is asked there, too
+        self._root = self._find_root(config)
+        self._http = httpsession.URLLib3Session(
+            verify=config('ca_bundle') or os.environ.get('REQUESTS_CA_BUNDLE') or True,
+            proxies=utils.get_environ_proxies(self._root),
+            max_pool_connections=self.max_connections,
+            socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],  # otherwise a PUT waits for 40 ms
+        )
 
     def get(self, key: str) -> tuple[bytes | None, str | None]:
-        """The object's bytes and etag, or None and None where there is no such key."""
+        """The object's bytes and its etag, or None and None where there is no such key."""
         missing = {'NoSuchKey', 'AccessDenied'} if self.denied_is_missing else {'NoSuchKey'}
-        return self._send('GET', key, missing) or (None, None)
+        return self._send('GET', key, missing)[:2]
 
-    def put(self, key: str, value: bytes, condition: dict | None = None) -> str | None:
-        """Write the object: its etag, or None where the condition (a header) does not hold."""
-        unmet, headers = {412, 'NoSuchKey'} if condition else (), self.headers | (condition or {})
-        written = self._send('PUT', key, unmet, body=value, headers=headers)
-        return written and written[1]
+    def put(self, key: str, value: bytes) -> None:
+        """Write the object, whatever was there."""
+        self._send('PUT', key, (), value, self.headers)
+
+    def put_if(self, key: str, value: bytes, etag: str | None) -> tuple[bytes | None, str | None]:
+        """Write the object if it has this etag or, where the etag is None, if there is no object.
+
+        Returns what is there then, as get() does: this value, or what others have written.
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
+        """
+        if etag is None:
+            headers = self.headers | {'If-None-Match': '*'}
+            _, written, _ = self._send('PUT', key, {412}, value, headers)
+            return self.get(key) if written is None else (value, written)
+        accept = {412, 'NoSuchKey', 'InvalidArgument'}
+        # AWS takes an etag with quotes or without, Cloudflare R2 only with, Ceph only without.
+        for quoted in (self._quotes_etags, not self._quotes_etags):
+            headers = self.headers | {'If-Match': f'"{etag}"' if quoted else etag}
+            _, written, refusal = self._send('PUT', key, accept, value, headers)
+            if written is not None:
+                self._quotes_etags = quoted
+                return value, written
+            if refusal == 'InvalidArgument':
+                accept.remove(refusal)  # a second one has another cause than the quotes
+        return self.get(key)  # it may be this value: an earlier attempt whose answer got lost
 
     def delete(self, key: str) -> None:
         """Delete the object, if there is one."""
         self._send('DELETE', key, {'NoSuchKey'})
 
-    def each(self, function, keys: list) -> list:
-        """The function's answers for all keys, in order, `max_connections` at a time."""
-        with ThreadPoolExecutor(self.max_connections) as threads:
-            return list(threads.map(function, keys))
+    def _find_root(self, config) -> str:
+        """The URL that all keys come after."""
+        endpoint = self.endpoint_url
+        if not endpoint and not config('ignore_configured_endpoint_urls'):
+            endpoint = os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL')
+        if endpoint:
+            if not endpoint.startswith(('http://', 'https://')):
+                raise ValueError('endpoint_url must begin with http:// or https://')
+            return f'{endpoint.rstrip("/")}/{self.bucket}/'
+        known = self._session.get_component('data_loader').load_data('partitions')['partitions']
+        partition = next((p for p in known if re.match(p['regionRegex'], self._region)), known[0])
+        fips = '-fips' if config('use_fips_endpoint') else ''
+        dual_stack = '.dualstack' if config('use_dualstack_endpoint') else ''
+        host = f's3{fips}{dual_stack}.{self._region}.{partition["outputs"]["dnsSuffix"]}'
+        if utils.check_dns_name(self.bucket):
+            return f'https://{self.bucket}.{host}/'
+        return f'https://{host}/{self.bucket}/'
 
-    def list(self, prefix: str):
-        """Yield pages: dicts of at most 1,000 keys and when S3 wrote them (ISO 8601, UTC)."""
-        query = {'encoding-type': 'url', 'list-type': '2', 'prefix': self.folder + prefix}
-        while query.get('continuation-token', True):
-            page = ElementTree.fromstring(self._send('GET', query=query)[0])
-            found = page.findall('{*}Contents')
-            pairs = [(one.findtext('{*}Key'), one.findtext('{*}LastModified')) for one in found]
-            yield {unquote_plus(key).removeprefix(self.folder): written for key, written in pairs}
-            query['continuation-token'] = page.findtext('{*}NextContinuationToken')
-
-    def is_conditional(self) -> bool:
-        """Whether this process has seen the store refuse writes whose conditions do not hold."""
-        if self._conditional is None:
+    def _send(self, method, key, accept, body=b'', headers=None):
+        """The object's bytes and etag, and the code of a refusal that is accepted."""
+        path = self._prefix + key
+        if UNSAFE.search(path):
+            raise ValueError(f'{path!r} has dots or control characters that are not safe in a key')
+        url = self._root + utils.percent_encode(path, safe='/-._~')
+        for attempt in count(1):
             try:
-                absent = any(self.put(PROBE, b'', ABSENT) is None for _ in range(2))
-                self._conditional = absent and self.put(PROBE, b'', NEVER) is None
-            except exceptions.ClientError as error:
-                if error.response['ResponseMetadata']['HTTPStatusCode'] != 501:
+                request = awsrequest.AWSRequest(method, url, headers, body)
+                return self._send_once(request, f'{method} {self.uri}{key}', accept)
+            except (exceptions.ClientError, exceptions.BotoCoreError) as error:
+                if attempt >= self._attempts or not is_transient(error):
                     raise
-                self._conditional = False
-            logger.info('%s honours conditional writes: %s', self.uri, self._conditional)
-        return self._conditional
+            time.sleep(get_exponential_backoff_interval(100, attempt, 20_000, True) / 1000)
 
-    def _locate(self, region: str) -> None:
-        utils.validate_region_name(region)
-        partitions = self._session.get_component('data_loader').load_data('partitions')
-        partition = endpoint_provider.RuleSetStandardLibrary(partitions).aws_partition(region)
-        name, host = self.bucket, f's3.{region}.{partition["dnsSuffix"]}'
-        root = f'{name}.{host}' if utils.check_dns_name(name) else f'{host}/{name}'
-        own = self.endpoint_url and f'{self.endpoint_url.rstrip("/")}/{name}/'
-        self._place = region, own or f'https://{root}/'
-
-    def _send(self, method: str, key='', accept=(), query=None, body=b'', headers=None):
-        """S3's bytes and etag, or None where it says one of `accept`; repeats what may pass."""
-        path, give_up = self.folder + key if key else '', time.monotonic() + PATIENCE
-        if UNSAFE.search(path) or len(path.encode()) > 1024:
-            raise ValueError(f'{path!r} is no safe S3 key: control characters, dots or length')
-        path = quote(path, safe='/-._~') if key else f'?{urlencode(query, quote_via=quote)}'
-        for attempt in range(1, self.max_attempts + 1):
-            region, url = self._place
-            request = awsrequest.AWSRequest(method, url + path, headers, body)
-            try:
-                return self._send_once(request, region, key, accept)
-            except (exceptions.ClientError, *DROPPED) as error:
-                again = is_transient(error) or self._place[0] != region
-                if not again or attempt == self.max_attempts or time.monotonic() > give_up:
-                    raise
-                pause = get_exponential_backoff_interval(100, attempt, 2000, True) / 1000
-                logger.warning('%s %s%s again in %s s: %s', method, self.uri, key, pause, error)
-            time.sleep(pause)
-
-    def _send_once(self, request, region, key, accept) -> tuple[bytes, str] | None:
-        with self._lock:
-            found = self._session.get_credentials()
-        auth.S3SigV4Auth(found and found.get_frozen_credentials(), 's3', region).add_auth(request)
-        response = self._http.send(request.prepare())
-        status, headers, content = response.status_code, response.headers, response.content
-        if len(content) != int(headers.get('content-length', len(content))):
-            raise exceptions.ConnectionClosedError(endpoint_url=self.uri + key)  # cut short
+    def _send_once(self, request, operation, accept):
+        """One attempt of _send()."""
+        with self._lock:  # a session's credentials must not be looked up by two threads at once
+            credentials = self._session.get_credentials()
+        frozen = credentials and credentials.get_frozen_credentials()
+        auth.S3SigV4Auth(frozen, 's3', self._region).add_auth(request)
+        answer = self._http.send(request.prepare())
+        status, headers, body = answer.status_code, answer.headers, answer.content
+        if len(body) != int(headers.get('content-length', len(body))):
+            raise exceptions.ConnectionClosedError(endpoint_url=f'{request.url} (cut short)')
+        if request.method == 'PUT' and status == 200 and b'<Error' in body:
+            status = 500  # AWS may fail after it has said 200
         if status < 300:
-            return content, headers.get('etag', '').strip('"')  # Ceph compares the bare etag
-        answer = parse_error({'status_code': status, 'headers': headers, 'body': content}, None)
-        error, request_id = answer['Error'], answer['ResponseMetadata'].get('RequestId')
-        if status in accept or error.get('Code') in accept:
-            return None
-        if status in {301, 307, 400} and 'x-amz-bucket-region' in headers:
-            self._locate(headers['x-amz-bucket-region'])
-        error['Message'] = f'{error.get("Message") or ""} (HTTP {status}, request id {request_id})'
-        if status == 403 and request.method == 'GET':
-            error['Message'] += '; s3:ListBucket may be missing: chords and missing keys want it'
-        raise exceptions.ClientError(answer, f'{request.method} {self.uri}{key}')
+            return body, headers.get('etag', '').strip('"'), None
+        parse = parsers.create_parser('rest-xml').parse
+        refusal = parse({'status_code': status, 'headers': headers, 'body': body}, None)
+        code = refusal['Error']['Code']
+        if status in accept or code in accept:
+            return None, None, code
+        region = headers.get('x-amz-bucket-region', self._region)  # if not ours, set aws_region
+        details = f'HTTP {status}, bucket in {region}, request {headers.get("x-amz-request-id")}'
+        raise exceptions.ClientError(refusal, f'{operation} ({details})')
 
 
 class S3Backend(KeyValueStoreBackend):
-    """Celery's results, groups and chords in a `Bucket`; refuses wrong settings at once."""
+    """Celery's results, groups and chords in a `Bucket`."""
 
-    supports_native_join = supports_result_compression = implements_incr = True
+    supports_result_compression = True
+    key_t = bytes_to_str
     exception_safe_to_retry = staticmethod(is_transient)
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.thread_safe, settings = True, self._read_settings()
-        self.bucket = Bucket(settings)
-        bucket = ref(self.bucket)  # a hook is for ever, a backend is not
-        if hasattr(os, 'register_at_fork'):  # neither connections nor locks may cross a fork
-            os.register_at_fork(after_in_child=lambda: bucket() and bucket().__init__(settings))
+    def __init__(self, app, *args, **kwargs):
+        conf = app.conf
+        given = conf.get('CELERY_S3_BACKEND_SETTINGS') or conf.get('s3_backend_settings') or {}
+        try:
+            unset = [name for name in Bucket.__annotations__ if given.get(name) in (None, '')]
+            self._settings = {name: given[name] for name in given if name not in unset}
+            self._buckets = {os.getpid(): Bucket(**self._settings)}
+        except (AttributeError, TypeError, ValueError, exceptions.BotoCoreError) as error:
+            known = ', '.join(Bucket.__annotations__)
+            problem = f'CELERY_S3_BACKEND_SETTINGS must be a dict with some of {known}: {error}'
+            raise ImproperlyConfigured(problem) from error
+        super().__init__(app, *args, **kwargs)
+        self.thread_safe = True  # otherwise Celery makes a backend for each thread
+
+    @property
+    def bucket(self) -> Bucket:
+        """This process's own: neither connections nor locks may cross a fork."""
+        if os.getpid() not in self._buckets:
+            self._buckets[os.getpid()] = Bucket(**self._settings)
+        return self._buckets[os.getpid()]
 
     def as_uri(self, include_password: bool = False) -> str:
         return self.bucket.uri
-
-    def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        """Store a state in one PUT, unless somebody else wrote meanwhile; a SUCCESS stays."""
-        key, bucket = bytes_to_str(self.get_key_for_task(task_id)), self.bucket
-        if not bucket.is_conditional():
-            return super()._store_result(task_id, result, state, traceback, request, **kwargs)
-        meta = self._get_result_meta(result, state, traceback, request)
-        value = ensure_bytes(self.encode({**meta, 'task_id': bytes_to_str(task_id)}))
-        etag = bucket.etags.data.pop(key, None)  # the cache's own pop is not atomic
-        for _ in range(20):
-            etag = bucket.put(key, value, {'If-Match': etag} if etag else ABSENT)
-            found, etag = bucket.get(key) if etag is None else (value, etag)
-            if found == value and state not in self.READY_STATES:
-                bucket.etags[key] = etag
-            if found == value or (found and self.decode_result(found)['status'] == 'SUCCESS'):
-                return result
-        raise BackendStoreError('others keep writing it, or hide it', state=state, task_id=task_id)
-
-    def is_cached(self, task_id: str) -> bool:
-        return True  # Celery asks before it names the failed part of a chord
-
-    def cleanup(self) -> None:
-        """Delete what S3 wrote more than `result_expires` seconds ago."""
-        if not self.expires:
-            return
-        oldest = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(time.time() - self.expires))
-        for prefix in self.task_keyprefix, self.group_keyprefix, self.chord_keyprefix:
-            for page in self.bucket.list(bytes_to_str(prefix)):
-                expired = [key for key, written in page.items() if written < oldest]
-                self.bucket.each(self.bucket.delete, expired)
-                logger.info('Deleted %d of %d objects', len(expired), len(page))
-
-    def _apply_chord_incr(self, header_result_args, body, **kwargs):
-        if self.bucket.denied_is_missing or not self.bucket.is_conditional():
-            return super().apply_chord(header_result_args, body, **kwargs)  # it polls
-        body['chord_size'] = sum(len(getattr(r, 'results', [r])) for r in header_result_args[1])
-        super()._apply_chord_incr(header_result_args, body, **kwargs)
-
-    def __reduce__(self, args=(), kwargs=None):
-        return super().__reduce__(args, {**(kwargs or {}), 'url': self.url})
 
     def get(self, key: bytes | str) -> bytes | None:
         return self.bucket.get(bytes_to_str(key))[0]
 
     def mget(self, keys: list) -> list:
-        return self.bucket.each(self.get, keys)
+        with ThreadPoolExecutor(self.bucket.max_connections) as threads:
+            return list(threads.map(self.get, keys))
 
     def set(self, key: bytes | str, value: bytes | str) -> None:
         self.bucket.put(bytes_to_str(key), ensure_bytes(value))
@@ -241,40 +229,132 @@ class S3Backend(KeyValueStoreBackend):
     def delete(self, key: bytes | str) -> None:
         self.bucket.delete(bytes_to_str(key))
 
-    def incr(self, key: bytes) -> int:
-        return 1  # who comes this far has claimed the chord
+    def _look(self, task_ids: list, ready_states=states.READY_STATES, whole=False):
+        """Look at one task, then at two, at four...: yield {task id: meta}, and the pending ids.
+
+        Ends where one is pending, unless the whole list is wanted.
+        """
+        size = 1
+        while task_ids:
+            batch, task_ids = task_ids[:size], task_ids[size:]
+            with ThreadPoolExecutor(size) as threads:
+                run = map if size == 1 else threads.map  # a thread costs as much as a request
+                metas = dict(zip(batch, run(self.get_task_meta, batch)))
+            pending = [task for task in batch if metas[task]['status'] not in ready_states]
+            yield metas, pending
+            if pending and not whole:
+                return
+            size = min(2 * size, self.bucket.max_connections)
+
+    # Storing: a state in one PUT that cannot replace a SUCCESS.
+
+    def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
+        bucket = self.bucket
+        if not bucket.conditional_writes:
+            return super()._store_result(task_id, result, state, traceback, request, **kwargs)
+        meta = self._get_result_meta(result, state, traceback, request)
+        value = ensure_bytes(self.encode(meta | {'task_id': bytes_to_str(task_id)}))
+        key = self.get_key_for_task(task_id)
+        etag = bucket.etags.get(key)
+        for _ in range(CONFLICTS):
+            found, etag = bucket.put_if(key, value, etag)
+            if found == value and state != states.SUCCESS:
+                bucket.etags[key] = etag
+            if found == value or (found and self.decode(found)['status'] == states.SUCCESS):
+                return result
+        raise BackendStoreError('others keep writing it', state=state, task_id=task_id)
+
+    # Waiting: the longer it takes, the less often it asks.
+
+    supports_native_join = True
+
+    def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):
+        for _, meta in self.get_many([task_id], timeout, interval, no_ack, None, on_interval):
+            return meta
+
+    def get_many(self, task_ids, timeout=None, interval=0.5, no_ack=True, on_message=None,
+            on_interval=None, max_iterations=None, READY_STATES=states.READY_STATES):  # fmt: skip
+        """Yield (task id, meta) of each task once it is ready, in whatever order they end."""
+        waiting = list({bytes_to_str(task_id) for task_id in task_ids})
+        began = last_ready = time.monotonic()
+        for _ in islice(count(), max_iterations or None):
+            for metas, pending in self._look(waiting, READY_STATES, whole=max_iterations):
+                # At the end of the line, a pending one hides nobody who is ready.
+                waiting = waiting[len(metas) :] + pending
+                for task_id in set(metas).difference(pending):
+                    last_ready = time.monotonic()
+                    self._cache[task_id] = metas[task_id]
+                    if on_message is not None:
+                        on_message(metas[task_id])
+                    yield task_id, metas[task_id]
+            if not waiting:
+                return
+            now = time.monotonic()
+            left = float('inf') if timeout is None else began + timeout - now
+            if left <= 0:
+                raise self.TimeoutError(f'The operation timed out ({timeout})')
+            pause = interval
+            if interval in (None, 0.5):  # Celery's default
+                pause = min(max(0.5, (now - last_ready) / 10), 30)
+            time.sleep(min(pause, left))
+            if on_interval:
+                on_interval()
+
+    # Chords: without polling, markers or listings.
+    # The chord's key holds the id of the one part that it awaits, in the end an id of nobody's.
+
+    implements_incr = property(lambda self: self.bucket.conditional_writes)  # else Celery polls
+
+    def incr(self, key: str) -> int:
+        return 1  # of 1: Celery counts parts, and only the last one of a chord comes this far
+
+    def _apply_chord_incr(self, header_result_args, body, **kwargs):
+        super()._apply_chord_incr(header_result_args, body, **kwargs)
+        group_id, results = header_result_args
+        *_, last = find_tasks(results)
+        self.bucket.put_if(self.get_key_for_chord(group_id), last.encode(), None)
+
+    def store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
+        if request is not None and request.id == task_id:
+            request.stored_state = state
+        return super().store_result(task_id, result, state, traceback, request, **kwargs)
 
     def on_chord_part_return(self, request, state, result, **kwargs):
-        """Leave a marker of this part; who sees all markers and wins the claim sends the body."""
-        size, bucket, me = request.chord.get('chord_size'), self.bucket, os.urandom(16)
-        if not size:
-            return None  # a chord that polls
-        claim = f'{bytes_to_str(self.get_key_for_chord(request.group))}.done'
-        bucket.put(f'{claim}-{request.id}', b'')
-        keys = [key for page in bucket.list(claim) for key in page]
-        if claim in keys:
-            return bucket.delete(f'{claim}-{request.id}')  # of a task delivered twice
-        if len(keys) >= size and (bucket.put(claim, me, ABSENT) or bucket.get(claim)[0] == me):
-            request.chord['chord_size'] = 1  # what Celery waits for incr() to reach
+        """Let the chord await another part or, if all have ended, send its body."""
+        if not self.implements_incr or not request.group:
+            return
+        if getattr(request, 'stored_state', None) != state:
+            # The task ignores its result, but the chord's body takes it.
+            self.store_result(request.id, result, state, request=request)
+        key = self.get_key_for_chord(request.group)
+        awaited, etag = self.bucket.get(key)
+        if awaited != request.id.encode():
+            return
+        group = self.restore_group(request.group) or []
+        others = [task_id for task_id in find_tasks(group) if task_id != request.id]
+        pending = []
+        for _, pending in self._look(random.sample(others, len(others))):
+            pass  # the last look tells
+        successor = pending[0] if pending else os.urandom(16).hex()
+        awaited, _ = self.bucket.put_if(key, successor.encode(), etag)
+        if awaited != successor.encode():
+            return  # a second delivery of this task went ahead
+        if not pending:
+            request.chord['chord_size'] = 1
             super().on_chord_part_return(request, state, result, **kwargs)
-            bucket.each(bucket.delete, keys)
+        elif self.get_state(successor) in states.READY_STATES:
+            # It ended before it was awaited, and nobody else will come in its name.
+            self.on_chord_part_return(Context(vars(request), id=successor), state, result)
 
-    def _read_settings(self) -> dict:
-        conf, url, settings = self.app.conf, urlsplit(self.url or ''), dict(DEFAULTS)
-        given = conf.get('CELERY_S3_BACKEND_SETTINGS') or conf.get('s3_backend_settings') or {}
-        named, name = {'bucket': url.netloc, 'base_path': unquote(url.path)}, 'it'
-        try:
-            for name, value in [*given.items(), *named.items(), *parse_qsl(url.query)]:
-                read, unset = READERS[type(DEFAULTS[name])], value in (None, '')
-                settings[name] = settings[name] if unset else read(value)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            problem = f'{name} is unknown or of the wrong type; the settings are {DEFAULTS}'
-            raise ImproperlyConfigured(f'CELERY_S3_BACKEND_SETTINGS: {problem}') from error
-        if not handlers.VALID_BUCKET.search(settings['bucket']):
-            raise ImproperlyConfigured('CELERY_S3_BACKEND_SETTINGS: bucket must name one')
-        if bool(settings['aws_access_key_id']) != bool(settings['aws_secret_access_key']):
-            raise ImproperlyConfigured('aws_access_key_id and aws_secret_access_key go together')
-        return settings
+    def chord_error_from_stack(self, callback, exc=None):
+        super().chord_error_from_stack(callback, exc)
+        outer = callback.options
+        if outer.get('chord'):
+            part = Context(outer, id=callback.id, group=outer['group_id'], stored_state='FAILURE')
+            self.on_chord_part_return(part, states.FAILURE, exc)
 
 
-backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # celery-s3 1.x's name
+def find_tasks(results):
+    """Yield the ids of all tasks of a group, those of groups inside it included."""
+    for result in results:
+        yield from (find_tasks(result) if hasattr(result, 'results') else [result.id])
