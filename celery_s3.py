@@ -28,9 +28,10 @@ from kombu.utils.functional import LRUCache
 __all__ = ('Bucket', 'S3Backend')
 __version__ = '2.0.0'
 
-CONFLICTS = 20  # with others who write the same state, before it is an error
-# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+CONFLICTS = 20  # times that others write a task's state first, before storing it is given up
+# HTTP's statuses; https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 TRANSIENT = {429, 500, 502, 503, 504, 'ConditionalRequestConflict', 'RequestTimeout', 'Throttling'}
+LOST = (exceptions.ConnectionError, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError)
 UNSAFE = re.compile(r'[\0-\x1f\x7f]|(^|/)\.\.?(/|$)')  # stores and proxies differ about such keys
 
 
@@ -38,8 +39,8 @@ def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed when it is sent again."""
     if isinstance(error, exceptions.ClientError):
         status = error.response['ResponseMetadata']['HTTPStatusCode']
-        return status in TRANSIENT or error.response['Error']['Code'] in TRANSIENT
-    return isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError))
+        return status in TRANSIENT or error.response['Error'].get('Code') in TRANSIENT
+    return isinstance(error, LOST) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
 
 
 @dataclass(repr=False, eq=False)
@@ -67,20 +68,20 @@ class Bucket:
         for setting in fields(self):
             if not isinstance(getattr(self, setting.name), setting.type):
                 raise TypeError(f'{setting.name} must be of type {setting.type.__name__}')
-        if bool(self.aws_access_key_id) != bool(self.aws_secret_access_key):
+        keys = (self.aws_access_key_id, self.aws_secret_access_key)
+        if any((*keys, self.aws_session_token)) and not all(keys):
             raise ValueError('aws_access_key_id and aws_secret_access_key go together')
         if self.max_connections < 1:
             raise ValueError('max_connections must be 1 or more')
         folder = self.base_path.strip('/')
         self._prefix = f'{folder}/' if folder else ''
         self.uri = f's3://{self.bucket}/{self._prefix}'
-        self.etags = LRUCache(limit=10_000)  # by key, of objects that may be written again
-        self._quotes_etags = True
-        self._lock = threading.Lock()
+        self.etags = LRUCache(limit=10_000)  # by key, for callers of put_if()
+        self._quotes_etags = True  # in If-Match, as long as the store agrees
+        self._lock = threading.Lock()  # two threads must not look up a session's credentials
         self._session = session.Session(profile=self.aws_profile or None)
         if self.aws_access_key_id:
-            keys = (self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token)
-            self._session.set_credentials(*keys)
+            self._session.set_credentials(*keys, self.aws_session_token)
         config = self._session.get_config_variable
         self._attempts = config('max_attempts') or 5  # AWS_MAX_ATTEMPTS
         self._region = self.aws_region or config('region') or 'us-east-1'
@@ -90,7 +91,7 @@ class Bucket:
             verify=config('ca_bundle') or os.environ.get('REQUESTS_CA_BUNDLE') or True,
             proxies=utils.get_environ_proxies(self._root),
             max_pool_connections=self.max_connections,
-            socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],  # otherwise a PUT waits for 40 ms
+            socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],  # Nagle's delay is 40 ms a PUT
         )
 
     def get(self, key: str) -> tuple[bytes | None, str | None]:
@@ -121,8 +122,8 @@ class Bucket:
                 self._quotes_etags = quoted
                 return value, written
             if refusal == 'InvalidArgument':
-                accept.remove(refusal)  # a second one has another cause than the quotes
-        return self.get(key)  # it may be this value: an earlier attempt whose answer got lost
+                accept.remove(refusal)  # if the other form is invalid, too, it is an error
+        return self.get(key)  # perhaps this value, if an earlier attempt's answer got lost
 
     def delete(self, key: str) -> None:
         """Delete the object, if there is one."""
@@ -156,14 +157,14 @@ class Bucket:
             try:
                 request = awsrequest.AWSRequest(method, url, headers, body)
                 return self._send_once(request, f'{method} {self.uri}{key}', accept)
-            except (exceptions.ClientError, exceptions.BotoCoreError) as error:
+            except (exceptions.ClientError, *LOST) as error:
                 if attempt >= self._attempts or not is_transient(error):
                     raise
             time.sleep(get_exponential_backoff_interval(100, attempt, 20_000, True) / 1000)
 
     def _send_once(self, request, operation, accept):
         """One attempt of _send()."""
-        with self._lock:  # a session's credentials must not be looked up by two threads at once
+        with self._lock:
             credentials = self._session.get_credentials()
         frozen = credentials and credentials.get_frozen_credentials()
         auth.S3SigV4Auth(frozen, 's3', self._region).add_auth(request)
@@ -177,7 +178,7 @@ class Bucket:
             return body, headers.get('etag', '').strip('"'), None
         parse = parsers.create_parser('rest-xml').parse
         refusal = parse({'status_code': status, 'headers': headers, 'body': body}, None)
-        code = refusal['Error']['Code']
+        code = refusal['Error'].get('Code')
         if status in accept or code in accept:
             return None, None, code
         region = headers.get('x-amz-bucket-region', self._region)  # if not ours, set aws_region
@@ -200,9 +201,8 @@ class S3Backend(KeyValueStoreBackend):
             self._settings = {name: given[name] for name in given if name not in unset}
             self._buckets = {os.getpid(): Bucket(**self._settings)}
         except (AttributeError, TypeError, ValueError, exceptions.BotoCoreError) as error:
-            known = ', '.join(Bucket.__annotations__)
-            problem = f'CELERY_S3_BACKEND_SETTINGS must be a dict with some of {known}: {error}'
-            raise ImproperlyConfigured(problem) from error
+            known = f'a dict of {", ".join(Bucket.__annotations__)}'
+            raise ImproperlyConfigured(f'CELERY_S3_BACKEND_SETTINGS, {known}: {error}') from error
         super().__init__(app, *args, **kwargs)
         self.thread_safe = True  # otherwise Celery makes a backend for each thread
 
@@ -255,7 +255,7 @@ class S3Backend(KeyValueStoreBackend):
         meta = self._get_result_meta(result, state, traceback, request)
         value = ensure_bytes(self.encode(meta | {'task_id': bytes_to_str(task_id)}))
         key = self.get_key_for_task(task_id)
-        etag = bucket.etags.get(key)
+        etag = bucket.etags.data.get(key)  # its own get() fails when another thread evicts the key
         for _ in range(CONFLICTS):
             found, etag = bucket.put_if(key, value, etag)
             if found == value and state != states.SUCCESS:
@@ -279,7 +279,7 @@ class S3Backend(KeyValueStoreBackend):
         began = last_ready = time.monotonic()
         for _ in islice(count(), max_iterations or None):
             for metas, pending in self._look(waiting, READY_STATES, whole=max_iterations):
-                # At the end of the line, a pending one hides nobody who is ready.
+                # What is pending goes to the end of the line, where it hides nobody who is ready.
                 waiting = waiting[len(metas) :] + pending
                 for task_id in set(metas).difference(pending):
                     last_ready = time.monotonic()
@@ -294,19 +294,18 @@ class S3Backend(KeyValueStoreBackend):
             if left <= 0:
                 raise self.TimeoutError(f'The operation timed out ({timeout})')
             pause = interval
-            if interval in (None, 0.5):  # Celery's default
+            if interval in (None, 0.5):  # Celery's default: the caller has no interval of its own
                 pause = min(max(0.5, (now - last_ready) / 10), 30)
             time.sleep(min(pause, left))
             if on_interval:
-                on_interval()
+                on_interval()  # before the next look: a parent's own error comes first
 
-    # Chords: without polling, markers or listings.
-    # The chord's key holds the id of the one part that it awaits, in the end an id of nobody's.
+    # Chords: without polling, markers or listings; the chord's key names the part that it awaits.
 
     implements_incr = property(lambda self: self.bucket.conditional_writes)  # else Celery polls
 
     def incr(self, key: str) -> int:
-        return 1  # of 1: Celery counts parts, and only the last one of a chord comes this far
+        return 1  # Celery compares it with chord_size, which on_chord_part_return() sets
 
     def _apply_chord_incr(self, header_result_args, body, **kwargs):
         super()._apply_chord_incr(header_result_args, body, **kwargs)
@@ -316,14 +315,14 @@ class S3Backend(KeyValueStoreBackend):
 
     def store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
         if request is not None and request.id == task_id:
-            request.stored_state = state
+            request.stored = state
         return super().store_result(task_id, result, state, traceback, request, **kwargs)
 
     def on_chord_part_return(self, request, state, result, **kwargs):
-        """Let the chord await another part or, if all have ended, send its body."""
+        """Let the chord await another part; when all have ended, send its body, at most once."""
         if not self.implements_incr or not request.group:
             return
-        if getattr(request, 'stored_state', None) != state:
+        if getattr(request, 'stored', None) != state:
             # The task ignores its result, but the chord's body takes it.
             self.store_result(request.id, result, state, request=request)
         key = self.get_key_for_chord(request.group)
@@ -334,7 +333,7 @@ class S3Backend(KeyValueStoreBackend):
         others = [task_id for task_id in find_tasks(group) if task_id != request.id]
         pending = []
         for _, pending in self._look(random.sample(others, len(others))):
-            pass  # the last look tells
+            pass  # what counts is the last look
         successor = pending[0] if pending else os.urandom(16).hex()
         awaited, _ = self.bucket.put_if(key, successor.encode(), etag)
         if awaited != successor.encode():
@@ -348,10 +347,11 @@ class S3Backend(KeyValueStoreBackend):
 
     def chord_error_from_stack(self, callback, exc=None):
         super().chord_error_from_stack(callback, exc)
-        outer = callback.options
-        if outer.get('chord'):
-            part = Context(outer, id=callback.id, group=outer['group_id'], stored_state='FAILURE')
-            self.on_chord_part_return(part, states.FAILURE, exc)
+        # Where this body is itself a part of another chord, or a group of parts, that one is told.
+        tasks = callback.tasks if callback.subtask_type == 'group' else [callback]
+        for part in (task.options for task in tasks if task.options.get('chord')):
+            fake = Context(part, id=part['task_id'], group=part['group_id'], stored='FAILURE')
+            self.on_chord_part_return(fake, states.FAILURE, exc)
 
 
 def find_tasks(results):
