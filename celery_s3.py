@@ -229,13 +229,11 @@ class S3Backend(KeyValueStoreBackend):
     def delete(self, key: bytes | str) -> None:
         self.bucket.delete(bytes_to_str(key))
 
-    def _look(self, task_ids: list, ready_states=states.READY_STATES, whole=False):
-        """Look at one task, then at two, at four...: yield {task id: meta}, and the pending ids.
-
-        Ends where one is pending, unless the whole list is wanted.
-        """
-        size = 1
+    def _look(self, task_ids: list, ready_states=states.READY_STATES, whole=False, size=1):
+        """Yield {task id: meta} and the pending ids of `size` tasks, then of twice as many...
+        It ends where one is pending, unless the whole list is wanted."""
         while task_ids:
+            size = max(1, min(int(size), self.bucket.max_connections))
             batch, task_ids = task_ids[:size], task_ids[size:]
             with ThreadPoolExecutor(size) as threads:
                 run = map if size == 1 else threads.map  # a thread costs as much as a request
@@ -244,7 +242,7 @@ class S3Backend(KeyValueStoreBackend):
             yield metas, pending
             if pending and not whole:
                 return
-            size = min(2 * size, self.bucket.max_connections)
+            size = 2 * size
 
     # Storing: a state in one PUT that cannot replace a SUCCESS.
 
@@ -277,8 +275,10 @@ class S3Backend(KeyValueStoreBackend):
         """Yield (task id, meta) of each task once it is ready, in whatever order they end."""
         waiting = list({bytes_to_str(task_id) for task_id in task_ids})
         began = last_ready = time.monotonic()
-        for _ in islice(count(), max_iterations or None):
-            for metas, pending in self._look(waiting, READY_STATES, whole=max_iterations):
+        pause = 0.5 if interval is None else interval
+        for _ in islice(count(), max_iterations or None):  # None: without end
+            # Two tasks for each second of the pause: Celery looks as often at a single one.
+            for metas, pending in self._look(waiting, READY_STATES, max_iterations, 2 * pause):
                 # What is pending goes to the end of the line, where it hides nobody who is ready.
                 waiting = waiting[len(metas) :] + pending
                 for task_id in set(metas).difference(pending):
@@ -293,7 +293,6 @@ class S3Backend(KeyValueStoreBackend):
             left = float('inf') if timeout is None else began + timeout - now
             if left <= 0:
                 raise self.TimeoutError(f'The operation timed out ({timeout})')
-            pause = interval
             if interval in (None, 0.5):  # Celery's default: the caller has no interval of its own
                 pause = min(max(0.5, (now - last_ready) / 10), 30)
             time.sleep(min(pause, left))
