@@ -63,10 +63,7 @@ def refusal(status, code, headers=None, message='No.'):
     return status, {'x-amz-request-id': 'R1', **(headers or {})}, body
 
 
-# Faults: functions that are given S3's own way to answer.
-
-
-def refused(status, code, headers=None):
+def refused(status, code, headers=None):  # a fault is given S3's own way to answer
     return lambda answer: refusal(status, code, headers)
 
 
@@ -109,7 +106,7 @@ class Store:
         self.faults += [(pattern, fault)] * times
 
     def take_requests(self):
-            taken, self.names[:] = list(self.names), []
+        taken, self.names[:] = list(self.names), []
         return taken
 
     def count_requests(self):
@@ -713,6 +710,9 @@ def test_settings_come_from_old_style_and_from_django_configuration(namespace):
     app.config_from_object(OldStyle, namespace=namespace)
     assert type(app.backend) is S3Backend
     assert app.backend.as_uri() == app.backend.as_uri(True) == 's3://old-style/celery/'
+    lower_case = Celery(backend='celery_s3.S3Backend', set_as_current=False)
+    lower_case.conf.s3_backend_settings = {'bucket': 'lower-case'}
+    assert lower_case.backend.as_uri() == 's3://lower-case/'
 
 
 def test_none_and_nothing_mean_not_set():

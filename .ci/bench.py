@@ -1,78 +1,61 @@
 """Measure celery-s3 beside Celery's built-in S3 backend (boto3), and print a Markdown table.
 
-    python .ci/bench.py          # about three minutes
-    python .ci/bench.py --short  # about one: a quarter of everything
+    python .ci/bench.py [--short]
 
-It needs `moto[server]` and boto3, and measures the `celery_s3.py` of this checkout. The ratio is
-the built-in's figure over celery-s3's. The floor is what botocore alone takes to sign one request
-and to send it. moto, in a process of its own, answers where CPU and memory are measured; it ends
-each connection, so that everybody pays for a new one. Joins, chords and waiting go to a dict.
+Run it in the root of a checkout, with `moto[server]` and boto3 installed: three minutes or, with a
+fifth of the rounds and sizes, one. The ratio is the built-in's figure over celery-s3's; the floor
+is what botocore takes to sign and send a request. moto, in a process of its own, answers first; it
+ends each connection, so that all three pay for a new one. From 'wait' on, a dict answers.
 """
 
-import hashlib
 import io
-import json
 import os
-import random
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from hashlib import md5
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
+from subprocess import DEVNULL, PIPE, Popen, check_output
+from unittest.mock import Mock, patch
 
-import celery.backends.base
-import celery.result
-import urllib3
+import celery
 from botocore import auth, awsrequest, credentials, httpsession
 from celery.contrib.testing.worker import start_worker
 from celery.result import AsyncResult, GroupResult
+from urllib3 import HTTPResponse
 
-ROOT = Path(__file__).resolve().parent.parent
-BACKENDS = {'celery-s3': 'celery_s3.S3Backend', 'built-in': 's3://'}
-BUCKETS = {'s3_bucket': 'results', 's3_backend_settings': {'bucket': 'results'}}
+BACKENDS = 'celery_s3.S3Backend', 's3://'
 RESULT = {'rows': 1200, 'file': 'reports/2025/11/report.csv'}
-ROUND_TRIP = 0.03  # seconds
-CALLS = 5  # in a row, for one sample of CPU
-PATIENCE = 180  # seconds, for a chord
+ROUND_TRIP = 0.03  # seconds, for the join and the chord
 
 MOTO = """
 import sys, urllib.request
 from moto.server import ThreadedMotoServer
-
-server = ThreadedMotoServer('127.0.0.1', port=0)
+server = ThreadedMotoServer('127.0.0.1', port=0, verbose=False)
 server.start()
 endpoint = 'http://%s:%s' % server.get_host_and_port()
-urllib.request.urlopen(urllib.request.Request(f'{endpoint}/results', method='PUT'))  # the bucket
+urllib.request.urlopen(urllib.request.Request(f'{endpoint}/results', method='PUT'))  # a bucket
 print(endpoint, flush=True)
 sys.stdin.read()  # until the benchmark ends
 """
 
 COLD_START = """
-import json, os, sys, threading, time
+import os, sys, threading, time
 import celery.backends.base, celery.result
-
-def used():
-    with open('/proc/self/statm') as file:
-        pages = int(file.read().split()[1])
-    return time.process_time() * 1e3, pages * os.sysconf('SC_PAGE_SIZE') / 1e6
-
-def get():
-    celery.result.AsyncResult('there', app=app).get()
-
 app = celery.Celery(backend=sys.argv[1])
-app.conf.update(json.loads(sys.argv[2]))
-begun = used()
-app.backend
-made = used()
+app.conf.update(s3_bucket='results', s3_backend_settings={'bucket': 'results'})
+def read_memory():
+    return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+def get():
+    cpu, memory = time.process_time(), read_memory()
+    celery.result.AsyncResult('there', app=app).get()
+    print((time.process_time() - cpu) * 1e3, (read_memory() - memory) / 1e6)
 get()
-first = used()
 thread = threading.Thread(target=get)
 thread.start()
 thread.join()
-print(json.dumps([begun, made, first, used()]))
 """
 
 
@@ -81,112 +64,69 @@ class Wire:
 
     def __init__(self):
         self.counts = Counter()  # of requests, by method
-        self.objects = None  # by URL; None: the server answers
+        self.objects = None  # etags and contents, by URL; None: the server answers
         self.round_trip = 0.0  # seconds
         self.lock = threading.Lock()
         self.original = httpsession.URLLib3Session.send
         httpsession.URLLib3Session.send = lambda http, request: self.send(http, request)
 
     def count(self, call) -> Counter:
-        """The requests of a call, by method."""
         self.counts.clear()
         call()
         return Counter(self.counts)
 
     def send(self, http, request):
-        with self.lock:
-            self.counts[request.method] += 1
-        if self.objects is None:
-            return self.original(http, request)
         time.sleep(self.round_trip)
         with self.lock:
-            status, content = self.answer(request.method, request.url, request)
-            etag = make_etag(self.objects.get(request.url, b''))
-        headers = {'etag': etag, 'content-length': str(len(content))}
+            self.counts[request.method] += 1
+            if self.objects is None:
+                return self.original(http, request)
+            status, etag, content = self.answer(request.method, request.url, request)
         body = io.BytesIO(b'' if request.method == 'HEAD' else content)
-        raw = urllib3.HTTPResponse(body, headers, status, preload_content=False)
-        return awsrequest.AWSResponse(request.url, status, headers, raw)
+        raw = HTTPResponse(body, {'etag': etag}, status, preload_content=False)
+        return awsrequest.AWSResponse(request.url, status, raw.headers, raw)
 
-    def answer(self, method, url, request) -> tuple[int, bytes]:
-        """Do with the objects what AWS does: the status and the content."""
-        found, expected = self.objects.get(url), request.headers.get('If-Match')
+    def answer(self, method: str, url: str, request) -> tuple[int, str, bytes]:
+        """Do to the objects what AWS does: the status, the etag and the content."""
+        etag, content = self.objects.get(url, ('', b''))
         if method == 'DELETE':
             self.objects.pop(url, None)
-            return 204, b''
-        if found is None and (method != 'PUT' or expected):
-            return 404, b'<Error><Code>NoSuchKey</Code></Error>'
+            return 204, '', b''
+        if not etag and (method != 'PUT' or 'If-Match' in request.headers):
+            return 404, '', b'<Error><Code>NoSuchKey</Code></Error>'
         if method != 'PUT':
-            return 200, found
-        unwanted = found is not None and 'If-None-Match' in request.headers
-        if unwanted or (expected and expected != make_etag(found)):
-            return 412, b'<Error><Code>PreconditionFailed</Code></Error>'
-        self.objects[url] = request.body
-        return 200, b''
+            return 200, etag, content
+        unwanted = etag and 'If-None-Match' in request.headers
+        if unwanted or request.headers.get('If-Match', etag) != etag:
+            return 412, '', b'<Error><Code>PreconditionFailed</Code></Error>'
+        body = request.body if isinstance(request.body, bytes) else request.body.read()
+        self.objects[url] = f'"{md5(body).hexdigest()}"', body
+        return 200, self.objects[url][0], b''
 
 
-def make_etag(content: bytes) -> str:
-    return f'"{hashlib.md5(content).hexdigest()}"'
-
-
-class Clock:
-    """Takes the place of the module `time`: a sleep lasts no time, but results appear in it."""
-
-    def __init__(self, objects: dict, ends: list):
-        self.now = 0.0
-        self.objects = objects
-        self.later = list(zip(ends, objects.items()))
-        objects.clear()
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float):
-        self.now += seconds
-        self.objects.update(item for end, item in self.later if end <= self.now)
-
-
-def make_app(name: str) -> celery.Celery:
-    app = celery.Celery(broker='memory://', backend=BACKENDS[name])
-    app.conf.update(BUCKETS, broker_transport_options={'polling_interval': 0.01})
-    return app
-
-
-def make_group(name: str, size: int) -> GroupResult:
-    """A group whose results are stored, each task's its own id."""
-    app = make_app(name)
-    group = GroupResult('group', [AsyncResult(f'{n}', app=app) for n in range(size)], app=app)
-    for result in group:
-        app.backend.store_result(result.id, result.id, 'SUCCESS')
-    return group
-
-
-def make_calls(name: str) -> dict:
-    """What is done with one task at a time."""
-    app = make_app(name)
+def make_calls(app) -> dict:
+    """What is done with one task."""
     store = app.backend.store_result
-
-    def store_twice():
-        store('twice', {}, 'STARTED')
-        store('twice', RESULT, 'SUCCESS')
-
+    started = os.urandom(16).hex()
     store('there', RESULT, 'SUCCESS')
+    assert AsyncResult('there', app=app).get() == RESULT
     return {
         'get': lambda: AsyncResult('there', app=app).get(),
         'set': lambda: store(os.urandom(16).hex(), RESULT, 'SUCCESS'),
         'pending poll': lambda: AsyncResult('missing', app=app).state,
-        'STARTED, then SUCCESS': store_twice,
-        'forget': lambda: AsyncResult('twice', app=app).forget(),
+        'STARTED': lambda: store(started, {}, 'STARTED'),
+        'SUCCESS after it': lambda: store(started, RESULT, 'SUCCESS'),
+        'forget': lambda: AsyncResult(started, app=app).forget(),
     }
 
 
-def make_floor() -> dict:
-    """The calls that take one request, with nothing but the request."""
+def make_floor(folder: str) -> dict:
+    """Those of the calls that take one request, and nothing but the request."""
     http = httpsession.URLLib3Session()
     signer = auth.S3SigV4Auth(credentials.ReadOnlyCredentials('any', 'any', None), 's3', 'any')
 
     def send(method: str, task_id: str, body: bytes = b'') -> bytes:
-        url = f'{os.environ["AWS_ENDPOINT_URL"]}/results/celery-task-meta-{task_id}'
-        request = awsrequest.AWSRequest(method, url, data=body)
+        request = awsrequest.AWSRequest(method, folder + task_id, data=body)
         signer.add_auth(request)
         return http.send(request.prepare()).content
 
@@ -198,63 +138,123 @@ def make_floor() -> dict:
     }
 
 
-def measure_cpu(calls: dict, rounds: int) -> dict:
-    """The median microseconds of each call, by name, in rounds of all of them."""
-    samples = {name: [] for name in calls}
+def make_group(app, wire: Wire, size: int) -> GroupResult:
+    """A group whose results are in the dict, each task's its own id."""
+    wire.objects = {}
+    wire.round_trip = 0.0
+    results = [AsyncResult(f'task-{number}', app=app) for number in range(size)]
+    for result in results:
+        app.backend.store_result(result.id, result.id, 'SUCCESS')
+    return GroupResult('group', results, app=app)
+
+
+def measure_cpu(calls: list, rounds: int) -> list[dict]:
+    """The median of each call, in rounds of all of them."""
+    samples = {call: [] for call in calls}
     for _ in range(rounds):
-        for name in random.sample(list(calls), len(calls)):
-            calls[name]()  # whoever comes first after another finds nothing in the caches
+        for call in calls:
+            call()  # because the one before has filled the caches with its own
             began = time.process_time()
-            for _ in range(CALLS):
-                calls[name]()
-            samples[name].append((time.process_time() - began) / CALLS * 1e6)
-    return {name: median(samples[name]) for name in samples}
+            call()
+            samples[call].append((time.process_time() - began) * 1e6)
+    return [{'µs': median(samples[call])} for call in calls]
 
 
-def measure_cold_start(name: str, processes: int) -> list:
-    """The medians of processes that have imported Celery: CPU and memory of three first uses."""
-    command = [sys.executable, '-c', COLD_START, BACKENDS[name], json.dumps(BUCKETS)]
-    runs = [json.loads(subprocess.check_output(command, cwd=ROOT)) for _ in range(processes)]
-    return [[median(run[k + 1][n] - run[k][n] for run in runs) for n in (0, 1)] for k in range(3)]
+def measure_cold_start(backend: str, rounds: int) -> list[dict]:
+    """The medians of what COLD_START prints."""
+    runs = [check_output([sys.executable, '-c', COLD_START, backend]) for _ in range(rounds)]
+    medians = [median(map(float, figures)) for figures in zip(*map(bytes.split, runs))]
+    return [{unit: figure} for unit, figure in zip(['ms', 'MB', 'ms'], medians)]
 
 
-def count_waiting(name: str, wire: Wire, ends: list) -> Counter:
-    """The requests for tasks that end at these seconds of a clock that jumps."""
-    modules = sys.modules['celery_s3'], celery.backends.base, celery.result
+def count_waiting(app, wire: Wire, ends: list) -> Counter:
+    """The requests until tasks are ready that end at these seconds of a clock that jumps."""
+    group = make_group(app, wire, len(ends))
+    later = list(zip(ends, wire.objects.items()))
     wire.objects = {}
-    group = make_group(name, len(ends))
-    clock = Clock(wire.objects, ends)
-    for module in modules:
-        module.time = clock
-    counts = wire.count(group.get if len(ends) > 1 else group[0].get)
-    for module in modules:
-        module.time = time
-    return counts
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+        wire.objects.update(item for end, item in later if end <= now)
+
+    clock = Mock(monotonic=lambda: now, sleep=sleep)
+    with patch('celery_s3.time', clock), patch('celery.backends.base.time', clock):
+        return wire.count(group.get if len(ends) > 1 else group[0].get)
 
 
-def measure_join(name: str, wire: Wire, size: int) -> float:
-    """The seconds until a group's results are there, all of them stored before."""
-    wire.objects = {}
-    group = make_group(name, size)
+def measure_join(app, wire: Wire, size: int) -> dict:
+    """The time that it takes to get the results of a group that has ended."""
+    group = make_group(app, wire, size)
     wire.round_trip = ROUND_TRIP
     began = time.perf_counter()
     assert group.get() == [result.id for result in group]
-    wire.round_trip = 0.0
-    return time.perf_counter() - began
+    return {'s': time.perf_counter() - began}
 
 
-def run_chord(name: str, wire: Wire, size: int, threads: int) -> tuple[float, Counter]:
-    """The seconds until a chord's body runs, and the requests of each part."""
-    app, ended = make_app(name), threading.Event()
-    part = app.task(name='part')(lambda number: number)
-    body = app.task(name='body', ignore_result=True)(lambda numbers: ended.set())
-    wire.objects = {}
-    with start_worker(app, threads, 'threads', perform_ping_check=False, shutdown_timeout=PATIENCE):
-        wire.counts.clear()
-        wire.round_trip = ROUND_TRIP
+def measure_chord(app, wire: Wire, size: int) -> tuple[dict, dict]:
+    """The time until a chord's body runs, on a new worker, and the requests of each part."""
+    ended = threading.Event()
+
+    @app.task(name='task', shared=False)
+    def task(value, is_body=False):
+        if is_body:
+            ended.set()
+
+    wire.round_trip = ROUND_TRIP
+    wire.counts.clear()
+    with start_worker(app, 16, 'threads', perform_ping_check=False, shutdown_timeout=60):
         began = time.perf_counter()
-        celery.chord(part.s(number) for number in range(size))(body.s())
-        assert ended.wait(PATIENCE)
+        celery.chord(task.s(number) for number in range(size))(task.s(is_body=True))
+        assert ended.wait(180)
         seconds = time.perf_counter() - began
-    wire.round_trip = 0.0
-    return seconds, Counter({method: wire.counts[method] / size for method in wire.counts})
+    return {'s': seconds}, {method: wire.counts[method] / size for method in wire.counts}
+
+
+def print_row(what: str, *figures):
+    """Each figure is a dict of amounts by unit; the third, if there is one, is the floor."""
+    cells = [' + '.join(f'{figure[unit]:,.4g} {unit}' for unit in figure) for figure in figures]
+    ours, theirs = (sum(figure.values()) for figure in figures[:2])
+    cells.insert(2, f'{theirs / ours:.2f}')
+    print(f'| {what} | {" | ".join(cells)} |', flush=True)
+
+
+def measure(endpoint: str, share: int):
+    """Print all rows, each from its share of the measurements."""
+    apps = [celery.Celery(broker='memory://', backend=backend) for backend in BACKENDS]
+    for app in apps:
+        app.conf.update(s3_bucket='results', s3_backend_settings={'bucket': 'results'})
+        app.conf.broker_transport_options = {'polling_interval': 0.01}  # seconds
+    ours, theirs = (make_calls(app) for app in apps)
+    floor = make_floor(f'{endpoint}/results/celery-task-meta-')
+    for what in floor:
+        calls = [ours[what], theirs[what], floor[what]]
+        print_row(f'{what}, CPU', *measure_cpu(calls, 400 // share))
+    starts = [measure_cold_start(backend, 10 // share) for backend in BACKENDS]
+    steps = 'cold start and a get, CPU', 'the same, memory', 'first get of another thread, CPU'
+    for what, *figures in zip(steps, *starts):
+        print_row(what, *figures)
+    wire = Wire()
+    for what in ours:
+        print_row(f'{what}, requests', wire.count(ours[what]), wire.count(theirs[what]))
+    waits = {'an hour for one task': [3600], 'ten minutes for a group of 1,000': [600] * 1000}
+    for what, ends in waits.items():
+        print_row(f'wait {what}', *[count_waiting(app, wire, ends) for app in apps])
+    joins = [measure_join(app, wire, 1000 // share) for app in apps]
+    print_row(f'join of {1000 // share:,}, 30 ms away', *joins)
+    times, counts = zip(*[measure_chord(app, wire, 300 // share) for app in apps])
+    print_row(f'chord of {300 // share}, 16 threads, 30 ms away', *times)
+    print_row('one part of it, requests', *counts)
+
+
+if __name__ == '__main__':
+    sys.path.insert(0, os.getcwd())
+    with Popen([sys.executable, '-c', MOTO], stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as moto:
+        endpoint = moto.stdout.readline().decode().strip()
+        os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_DEFAULT_REGION='us-east-1')
+        os.environ.update(AWS_ACCESS_KEY_ID='any', AWS_SECRET_ACCESS_KEY='any')
+        print('| | celery-s3 | built-in | ratio | floor |\n|---|--:|--:|--:|--:|')
+        measure(endpoint, 5 if '--short' in sys.argv else 1)
+    versions = [f'{name} {version(name)}' for name in ('celery', 'botocore', 'boto3', 'moto')]
+    print(f'\nPython {sys.version.split()[0]}, {", ".join(versions)}')
