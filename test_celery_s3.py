@@ -1344,7 +1344,8 @@ def live(request, monkeypatch):
     monkeypatch.setattr(Bucket, '_send', note)
     folder = f'{url.path}/celery-s3-test-{uuid.uuid4().hex}'
     settings = {'bucket': url.netloc, 'base_path': folder, **dict(parse_qsl(url.query))}
-    yield {**settings, 'conditional_writes': settings.get('conditional_writes') != 'False'}
+    settings['conditional_writes'] = settings.get('conditional_writes') != 'False'
+    yield settings
     for key in list(keys):
         Bucket(**settings).delete(key)
 
