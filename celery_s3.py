@@ -260,7 +260,7 @@ class S3Backend(KeyValueStoreBackend):
                 bucket.etags[key] = etag
             if found == value or (found and self.decode(found)['status'] == states.SUCCESS):
                 return result
-        raise BackendStoreError('others keep writing it', state=state, task_id=task_id)
+        raise BackendStoreError('others write it or hide it', state=state, task_id=task_id)
 
     # Waiting: the longer it takes, the less often it asks.
 
@@ -277,24 +277,24 @@ class S3Backend(KeyValueStoreBackend):
         began = last_ready = time.monotonic()
         pause = 0.5 if interval is None else interval
         for _ in islice(count(), max_iterations or None):  # None: without end
+            left = float('inf') if timeout is None else began + timeout - time.monotonic()
+            whole = max_iterations or left <= 0  # the last look is at all
             # Two tasks for each second of the pause: Celery looks as often at a single one.
-            for metas, pending in self._look(waiting, READY_STATES, max_iterations, 2 * pause):
+            for metas, pending in self._look(waiting, READY_STATES, whole, size=2 * pause):
                 # What is pending goes to the end of the line, where it hides nobody who is ready.
                 waiting = waiting[len(metas) :] + pending
                 for task_id in set(metas).difference(pending):
-                    last_ready = time.monotonic()
                     self._cache[task_id] = metas[task_id]
                     if on_message is not None:
                         on_message(metas[task_id])
                     yield task_id, metas[task_id]
+                    last_ready = time.monotonic()
             if not waiting:
                 return
-            now = time.monotonic()
-            left = float('inf') if timeout is None else began + timeout - now
             if left <= 0:
                 raise self.TimeoutError(f'The operation timed out ({timeout})')
             if interval in (None, 0.5):  # Celery's default: the caller has no interval of its own
-                pause = min(max(0.5, (now - last_ready) / 10), 30)
+                pause = min(max(0.5, (time.monotonic() - last_ready) / 10), 30)
             time.sleep(min(pause, left))
             if on_interval:
                 on_interval()  # before the next look: a parent's own error comes first
@@ -319,11 +319,11 @@ class S3Backend(KeyValueStoreBackend):
 
     def on_chord_part_return(self, request, state, result, **kwargs):
         """Let the chord await another part; when all have ended, send its body, at most once."""
-        if not self.implements_incr or not request.group:
-            return
         if getattr(request, 'stored', None) != state:
             # The task ignores its result, but the chord's body takes it.
             self.store_result(request.id, result, state, request=request)
+        if not self.implements_incr or not request.group:
+            return
         key = self.get_key_for_chord(request.group)
         awaited, etag = self.bucket.get(key)
         if awaited != request.id.encode():
