@@ -29,7 +29,7 @@ __all__ = ('Bucket', 'S3Backend')
 __version__ = '2.0.0'
 
 CONFLICTS = 20  # times that others write a task's state first, before storing it is given up
-# HTTP's statuses; https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+# HTTP statuses, and codes of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 TRANSIENT = {429, 500, 502, 503, 504, 'ConditionalRequestConflict', 'RequestTimeout', 'Throttling'}
 LOST = (exceptions.ConnectionError, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError)
 UNSAFE = re.compile(r'[\0-\x1f\x7f]|(^|/)\.\.?(/|$)')  # stores and proxies differ about such keys
@@ -39,7 +39,7 @@ def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed when it is sent again."""
     if isinstance(error, exceptions.ClientError):
         status = error.response['ResponseMetadata']['HTTPStatusCode']
-        return status in TRANSIENT or error.response['Error'].get('Code') in TRANSIENT
+        return status in TRANSIENT or error.response.get('Error', {}).get('Code') in TRANSIENT
     return isinstance(error, LOST) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
 
 
@@ -138,6 +138,7 @@ class Bucket:
             if not endpoint.startswith(('http://', 'https://')):
                 raise ValueError('endpoint_url must begin with http:// or https://')
             return f'{endpoint.rstrip("/")}/{self.bucket}/'
+        # Only the suffix depends on the partition; botocore's list begins with the public one.
         known = self._session.get_component('data_loader').load_data('partitions')['partitions']
         partition = next((p for p in known if re.match(p['regionRegex'], self._region)), known[0])
         fips = '-fips' if config('use_fips_endpoint') else ''
@@ -178,7 +179,7 @@ class Bucket:
             return body, headers.get('etag', '').strip('"'), None
         parse = parsers.create_parser('rest-xml').parse
         refusal = parse({'status_code': status, 'headers': headers, 'body': body}, None)
-        code = refusal['Error'].get('Code')
+        code = refusal.get('Error', {}).get('Code')
         if status in accept or code in accept:
             return None, None, code
         region = headers.get('x-amz-bucket-region', self._region)  # if not ours, set aws_region
