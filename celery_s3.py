@@ -320,10 +320,10 @@ class S3Backend(KeyValueStoreBackend):
 
     def on_chord_part_return(self, request, state, result, **kwargs):
         """Let the chord await another part; when all have ended, send its body, at most once."""
-        if getattr(request, 'stored', None) != state:
+        if request.chord and getattr(request, 'stored', None) != state:
             # The task ignores its result, but the chord's body takes it.
             self.store_result(request.id, result, state, request=request)
-        if not self.implements_incr or not request.group:
+        if not (self.implements_incr and request.chord and request.group):
             return
         key = self.get_key_for_chord(request.group)
         awaited, etag = self.bucket.get(key)
