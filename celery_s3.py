@@ -6,35 +6,43 @@
 `Bucket` speaks signed S3 over HTTP; `S3Backend` maps Celery's contract onto a `Bucket`.
 """
 
+import logging
 import os
 import random
 import re
+import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from itertools import count, islice
+from multiprocessing.pool import ThreadPool
 from socket import IPPROTO_TCP, TCP_NODELAY
 
 from botocore import auth, awsrequest, exceptions, httpsession, parsers, session, utils
-from celery import states
+from celery import canvas, states
 from celery.app.task import Context
 from celery.backends.base import KeyValueStoreBackend
 from celery.exceptions import BackendStoreError, ImproperlyConfigured
-from celery.utils.time import get_exponential_backoff_interval
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from kombu.utils.functional import LRUCache
 
 __all__ = ('Bucket', 'S3Backend')
 __version__ = '2.0.0'
+backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # as in celery-s3 1.x
+logger = logging.getLogger(__name__)
 
-CONFLICTS = 20  # times that others write a task's state first, before storing it is given up
+CELERYS_INTERVAL = 0.5  # seconds; get() passes it on when its caller gives no interval
+FIRST_PAUSE = 0.5  # seconds between the first two looks at a task
+LONGEST_PAUSE = 30  # seconds between any two
+LONGEST_SENDING = 30  # seconds; a live worker takes less to send the body of a chord
 # HTTP statuses, and codes of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-TRANSIENT = {429, 500, 502, 503, 504, 'ConditionalRequestConflict', 'RequestTimeout', 'Throttling'}
+TRANSIENT = {409, 429, 500, 502, 503, 504, 'RequestTimeout', 'Throttling'}  # 409: others write
 LOST = (exceptions.ConnectionError, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError)
 UNSAFE = re.compile(r'[\0-\x1f\x7f]|(^|/)\.\.?(/|$)')  # stores and proxies differ about such keys
 
 
+# Errors
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed when it is sent again."""
     if isinstance(error, exceptions.ClientError):
@@ -48,8 +56,7 @@ class Bucket:
     """A folder of an S3 bucket, for the threads of one process; its parameters are the settings.
 
     Raises TypeError or ValueError for a wrong setting or an unsafe key, ClientError for what S3
-    refuses, and botocore's connection errors.
-    """
+    refuses, and botocore's connection errors."""
 
     bucket: str
     base_path: str = ''
@@ -59,25 +66,31 @@ class Bucket:
     aws_secret_access_key: str = ''
     aws_session_token: str = ''
     endpoint_url: str = ''
-    headers: dict = field(default_factory=dict)
+    headers: dict = field(default_factory=dict)  # sent with each PUT
     conditional_writes: bool = True
     denied_is_missing: bool = False
     max_connections: int = 50
 
     def __post_init__(self):
         for setting in fields(self):
-            if not isinstance(getattr(self, setting.name), setting.type):
+            value = getattr(self, setting.name)
+            # To Python, True is a whole number as well.
+            if not isinstance(value, setting.type) or (value is True and setting.type is int):
                 raise TypeError(f'{setting.name} must be of type {setting.type.__name__}')
+        for text in (*self.headers, *self.headers.values()):
+            if not (isinstance(text, str) and text.isascii() and text.isprintable()):
+                raise TypeError('headers must be names and values of printable ASCII characters')
         keys = (self.aws_access_key_id, self.aws_secret_access_key)
         if any((*keys, self.aws_session_token)) and not all(keys):
             raise ValueError('aws_access_key_id and aws_secret_access_key go together')
         if self.max_connections < 1:
             raise ValueError('max_connections must be 1 or more')
-        folder = self.base_path.strip('/')
-        self._prefix = f'{folder}/' if folder else ''
+        self._prefix = f'{self.base_path.strip("/")}/'.lstrip('/')
+        if UNSAFE.search(self._prefix):
+            raise ValueError("base_path must not hold '.', '..' or control characters")
         self.uri = f's3://{self.bucket}/{self._prefix}'
         self.etags = LRUCache(limit=10_000)  # by key, for callers of put_if()
-        self._quotes_etags = True  # in If-Match, as long as the store agrees
+        self._etag_forms = ['"{}"', '{}']  # AWS takes both, R2 the first one, Ceph 16 the other
         self._lock = threading.Lock()  # two threads must not look up a session's credentials
         self._session = session.Session(profile=self.aws_profile or None)
         if self.aws_access_key_id:
@@ -94,49 +107,47 @@ class Bucket:
             socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],  # Nagle's delay is 40 ms a PUT
         )
 
+    # The verbs
     def get(self, key: str) -> tuple[bytes | None, str | None]:
         """The object's bytes and its etag, or None and None where there is no such key."""
         missing = {'NoSuchKey', 'AccessDenied'} if self.denied_is_missing else {'NoSuchKey'}
-        return self._send('GET', key, missing)[:2]
+        return self._send('GET', key, missing)
 
     def put(self, key: str, value: bytes) -> None:
         """Write the object, whatever was there."""
-        self._send('PUT', key, (), value, self.headers)
+        self._send('PUT', key, set(), value, self.headers)
 
     def put_if(self, key: str, value: bytes, etag: str | None) -> tuple[bytes | None, str | None]:
         """Write the object if it has this etag or, where the etag is None, if there is no object.
 
-        Returns what is there then, as get() does: this value, or what others have written.
-        https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
-        """
-        if etag is None:
-            headers = self.headers | {'If-None-Match': '*'}
-            _, written, _ = self._send('PUT', key, {412}, value, headers)
-            return self.get(key) if written is None else (value, written)
-        accept = {412, 'NoSuchKey', 'InvalidArgument'}
-        # AWS takes an etag with quotes or without, Cloudflare R2 only with, Ceph only without.
-        for quoted in (self._quotes_etags, not self._quotes_etags):
-            headers = self.headers | {'If-Match': f'"{etag}"' if quoted else etag}
-            _, written, refusal = self._send('PUT', key, accept, value, headers)
-            if written is not None:
-                self._quotes_etags = quoted
-                return value, written
-            if refusal == 'InvalidArgument':
-                accept.remove(refusal)  # if the other form is invalid, too, it is an error
-        return self.get(key)  # perhaps this value, if an earlier attempt's answer got lost
+        Returns what is there then, as get() does: this value, or what others have written. Costs
+        a PUT; one more until it is known how the store takes etags; a GET where it was refused.
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
+        forms = self._etag_forms if etag else ['*']
+        refusals = {412, 'NoSuchKey'}
+        for form in forms:
+            condition = {'If-Match': form.format(etag)} if etag else {'If-None-Match': form}
+            _, new_etag = self._send('PUT', key, refusals, value, self.headers | condition)
+            if new_etag is not None:
+                if etag:
+                    self._etag_forms = [form]
+                return value, new_etag
+            refusals.add('InvalidArgument')  # R2's answer to an etag without quotes
+        return self.get(key)
 
     def delete(self, key: str) -> None:
         """Delete the object, if there is one."""
         self._send('DELETE', key, {'NoSuchKey'})
 
+    # The environment
     def _find_root(self, config) -> str:
         """The URL that all keys come after."""
         endpoint = self.endpoint_url
         if not endpoint and not config('ignore_configured_endpoint_urls'):
             endpoint = os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL')
         if endpoint:
-            if not endpoint.startswith(('http://', 'https://')):
-                raise ValueError('endpoint_url must begin with http:// or https://')
+            if not re.match('https?://[^/@]+(/|$)', endpoint):
+                raise ValueError('endpoint_url must begin with http://HOST or https://HOST')
             return f'{endpoint.rstrip("/")}/{self.bucket}/'
         # Only the suffix depends on the partition; botocore's list begins with the public one.
         known = self._session.get_component('data_loader').load_data('partitions')['partitions']
@@ -144,72 +155,78 @@ class Bucket:
         fips = '-fips' if config('use_fips_endpoint') else ''
         dual_stack = '.dualstack' if config('use_dualstack_endpoint') else ''
         host = f's3{fips}{dual_stack}.{self._region}.{partition["outputs"]["dnsSuffix"]}'
-        if utils.check_dns_name(self.bucket):
-            return f'https://{self.bucket}.{host}/'
-        return f'https://{host}/{self.bucket}/'
+        is_label = utils.check_dns_name(self.bucket)
+        return f'https://{self.bucket}.{host}/' if is_label else f'https://{host}/{self.bucket}/'
 
-    def _send(self, method, key, accept, body=b'', headers=None):
-        """The object's bytes and etag, and the code of a refusal that is accepted."""
+    # Signing, and failures
+    def _send(self, method, key, refusals, body=b'', put_headers=None):
+        """The object's bytes and etag, or None and None if S3 answers with one of the refusals."""
         path = self._prefix + key
         if UNSAFE.search(path):
             raise ValueError(f'{path!r} has dots or control characters that are not safe in a key')
         url = self._root + utils.percent_encode(path, safe='/-._~')
+        operation = f'{method} {self.uri}{key}'
         for attempt in count(1):
             try:
-                request = awsrequest.AWSRequest(method, url, headers, body)
-                return self._send_once(request, f'{method} {self.uri}{key}', accept)
+                request = awsrequest.AWSRequest(method, url, put_headers, body)
+                return self._send_once(request, operation, refusals)
             except (exceptions.ClientError, *LOST) as error:
                 if attempt >= self._attempts or not is_transient(error):
                     raise
-            time.sleep(get_exponential_backoff_interval(100, attempt, 20_000, True) / 1000)
+                pause = random.uniform(0, min(0.1 * 2**attempt, 20))  # seconds
+                logger.warning(f'{operation}: {error}; attempt {attempt + 1} in {pause:.1f} s')
+            time.sleep(pause)
 
-    def _send_once(self, request, operation, accept):
-        """One attempt of _send()."""
+    def _send_once(self, request, operation, refusals):
         with self._lock:
             credentials = self._session.get_credentials()
         frozen = credentials and credentials.get_frozen_credentials()
         auth.S3SigV4Auth(frozen, 's3', self._region).add_auth(request)
-        answer = self._http.send(request.prepare())
-        status, headers, body = answer.status_code, answer.headers, answer.content
-        if len(body) != int(headers.get('content-length', len(body))):
+        try:
+            answer = self._http.send(request.prepare())
+        except exceptions.HTTPClientError as error:
+            # botocore wraps whatever strikes in send(), a task's soft time limit as well.
+            raise (error if isinstance(error, LOST) else error.kwargs['error']) from None
+        status, headers, content = answer.status_code, answer.headers, answer.content
+        if len(content) != int(headers.get('content-length', len(content))):
             raise exceptions.ConnectionClosedError(endpoint_url=f'{request.url} (cut short)')
-        if request.method == 'PUT' and status == 200 and b'<Error' in body:
+        if request.method == 'PUT' and status == 200 and b'<Error' in content:
             status = 500  # AWS may fail after it has said 200
         if status < 300:
-            return body, headers.get('etag', '').strip('"'), None
+            return content, headers.get('etag', '').strip('"')
         parse = parsers.create_parser('rest-xml').parse
-        refusal = parse({'status_code': status, 'headers': headers, 'body': body}, None)
-        code = refusal.get('Error', {}).get('Code')
-        if status in accept or code in accept:
-            return None, None, code
+        refusal = parse({'status_code': status, 'headers': headers, 'body': content}, None)
+        if status in refusals or refusal.get('Error', {}).get('Code') in refusals:
+            return None, None
         region = headers.get('x-amz-bucket-region', self._region)  # if not ours, set aws_region
         details = f'HTTP {status}, bucket in {region}, request {headers.get("x-amz-request-id")}'
         raise exceptions.ClientError(refusal, f'{operation} ({details})')
 
 
 class S3Backend(KeyValueStoreBackend):
-    """Celery's results, groups and chords in a `Bucket`."""
+    """Celery's results, groups and chords in a `Bucket`. Celery calls all that is not 'Ours'."""
 
-    supports_result_compression = True
-    key_t = bytes_to_str
-    exception_safe_to_retry = staticmethod(is_transient)
+    supports_result_compression = True  # the setting result_compression takes effect
+    key_t = bytes_to_str  # keys are str
+    exception_safe_to_retry = staticmethod(is_transient)  # for result_backend_always_retry
 
     def __init__(self, app, *args, **kwargs):
         conf = app.conf
         given = conf.get('CELERY_S3_BACKEND_SETTINGS') or conf.get('s3_backend_settings') or {}
         try:
+            # None and '' mean 'not set'; an unknown name is an error, whatever it is set to.
             unset = [name for name in Bucket.__annotations__ if given.get(name) in (None, '')]
             self._settings = {name: given[name] for name in given if name not in unset}
             self._buckets = {os.getpid(): Bucket(**self._settings)}
         except (AttributeError, TypeError, ValueError, exceptions.BotoCoreError) as error:
             known = f'a dict of {", ".join(Bucket.__annotations__)}'
             raise ImproperlyConfigured(f'CELERY_S3_BACKEND_SETTINGS, {known}: {error}') from error
-        super().__init__(app, *args, **kwargs)
-        self.thread_safe = True  # otherwise Celery makes a backend for each thread
+        super().__init__(app, *args, **kwargs)  # after the bucket: it asks for implements_incr
+        self.thread_safe = True  # after super(), which resets it; else each thread has a backend
 
     @property
     def bucket(self) -> Bucket:
-        """This process's own: neither connections nor locks may cross a fork."""
+        """Ours: this process's own, as neither connections nor locks may cross a fork."""
         if os.getpid() not in self._buckets:
             self._buckets[os.getpid()] = Bucket(**self._settings)
         return self._buckets[os.getpid()]
@@ -220,141 +237,213 @@ class S3Backend(KeyValueStoreBackend):
     def get(self, key: bytes | str) -> bytes | None:
         return self.bucket.get(bytes_to_str(key))[0]
 
-    def mget(self, keys: list) -> list:
-        with ThreadPoolExecutor(self.bucket.max_connections) as threads:
-            return list(threads.map(self.get, keys))
-
     def set(self, key: bytes | str, value: bytes | str) -> None:
         self.bucket.put(bytes_to_str(key), ensure_bytes(value))
 
     def delete(self, key: bytes | str) -> None:
         self.bucket.delete(bytes_to_str(key))
 
-    def _look(self, task_ids: list, ready_states=states.READY_STATES, whole=False, size=1):
-        """Yield {task id: meta} and the pending ids of `size` tasks, then of twice as many...
-        It ends where one is pending, unless the whole list is wanted."""
-        while task_ids:
-            size = max(1, min(int(size), self.bucket.max_connections))
-            batch, task_ids = task_ids[:size], task_ids[size:]
-            with ThreadPoolExecutor(size) as threads:
-                run = map if size == 1 else threads.map  # a thread costs as much as a request
-                metas = dict(zip(batch, run(self.get_task_meta, batch)))
-            pending = [task for task in batch if metas[task]['status'] not in ready_states]
-            yield metas, pending
-            if pending and not whole:
-                return
-            size = 2 * size
+    def _start_threads(self, size: int):
+        """Ours: a pool for so many looks at once; nothing for one, or where none can start."""
+        with suppress(RuntimeError, AttributeError):  # the latter where only some could start
+            if min(size, self.bucket.max_connections) > 1:
+                return ThreadPool(min(size, self.bucket.max_connections))
+        return nullcontext()
+
+    def _look(self, pool, look, ids: list, size: float, ready=states.READY_STATES):
+        """Ours: look at `size` tasks at once, then at three times as many, until one is pending.
+
+        Yield (id, meta) of those that are ready. The pending ones go to the list's end, where
+        they hide nobody who is ready."""
+        pending = []
+        while ids and not pending:
+            batch = ids[: max(1, int(size))]
+            del ids[: len(batch)]
+            look_at_all = pool.imap_unordered if pool and len(batch) > 1 else map
+            for task_id, meta in look_at_all(lambda task_id: (task_id, look(task_id)), batch):
+                if meta['status'] in ready:
+                    yield task_id, meta
+                else:
+                    pending.append(task_id)
+            size = 3 * size
+        ids.extend(pending)
 
     # Storing: a state in one PUT that cannot replace a SUCCESS.
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        bucket = self.bucket
-        if not bucket.conditional_writes:
+        if getattr(request, 'id', None) == task_id:  # of an unknown task, the request has no id
+            request.stored = state  # for on_chord_part_return(), which stores what is not
+        if not self.bucket.conditional_writes:
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         meta = self._get_result_meta(result, state, traceback, request)
         value = ensure_bytes(self.encode(meta | {'task_id': bytes_to_str(task_id)}))
         key = self.get_key_for_task(task_id)
-        etag = bucket.etags.data.get(key)  # its own get() fails when another thread evicts the key
-        for _ in range(CONFLICTS):
-            found, etag = bucket.put_if(key, value, etag)
+        etag = self.bucket.etags.data.get(key)  # LRUCache.get() fails when another thread evicts
+        for _ in range(20):  # more often, others would have to write it between our two requests
+            found, etag = self.bucket.put_if(key, value, etag)
             if found == value and state != states.SUCCESS:
-                bucket.etags[key] = etag
+                self.bucket.etags[key] = etag
             if found == value or (found and self.decode(found)['status'] == states.SUCCESS):
                 return result
         raise BackendStoreError('others write it or hide it', state=state, task_id=task_id)
 
     # Waiting: the longer it takes, the less often it asks.
 
-    supports_native_join = True
+    supports_native_join = True  # groups are joined by iter_native(), not task by task
 
     def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):
-        for _, meta in self.get_many([task_id], timeout, interval, no_ack, None, on_interval):
-            return meta
+        return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
+
+    def iter_native(self, result, *args, **kwargs):
+        # Celery's own yields the groups at once, and then asks their tasks without a time-out.
+        tasks = {task.id: task for task in find_tasks(result.results)}
+        for task_id, meta in self.get_many(tasks, *args, **kwargs):
+            tasks[task_id]._maybe_set_cache(meta)  # which the task's own get() returns
+            if tasks[task_id] in result.results:
+                yield task_id, meta
+        groups = [group for group in result.results if hasattr(group, 'results')]
+        yield from ((group.id, group.results) for group in groups)
 
     def get_many(self, task_ids, timeout=None, interval=0.5, no_ack=True, on_message=None,
             on_interval=None, max_iterations=None, READY_STATES=states.READY_STATES):  # fmt: skip
         """Yield (task id, meta) of each task once it is ready, in whatever order they end."""
-        waiting = list({bytes_to_str(task_id) for task_id in task_ids})
-        began = last_ready = time.monotonic()
-        pause = 0.5 if interval is None else interval
-        for _ in islice(count(), max_iterations or None):  # None: without end
-            left = float('inf') if timeout is None else began + timeout - time.monotonic()
-            whole = max_iterations or left <= 0  # the last look is at all
-            # Two tasks for each second of the pause: Celery looks as often at a single one.
-            for metas, pending in self._look(waiting, READY_STATES, whole, size=2 * pause):
-                # What is pending goes to the end of the line, where it hides nobody who is ready.
-                waiting = waiting[len(metas) :] + pending
-                for task_id in set(metas).difference(pending):
-                    self._cache[task_id] = metas[task_id]
+        ids = list(dict.fromkeys(map(bytes_to_str, task_ids)))
+        last_ready = time.monotonic()
+        deadline = float('inf') if timeout is None else last_ready + timeout
+        pause = FIRST_PAUSE if interval is None else interval
+        with self._start_threads(len(ids)) as pool:
+            for _ in islice(count(), max_iterations or None):  # None: without end
+                whole = max_iterations or len(ids) == 1 or time.monotonic() >= deadline
+                size = len(ids) if whole else 2 * pause  # so Celery's own rate for a single task
+                for task_id, meta in self._look(pool, self.get_task_meta, ids, size, READY_STATES):
+                    self._cache[task_id] = meta
                     if on_message is not None:
-                        on_message(metas[task_id])
-                    yield task_id, metas[task_id]
+                        on_message(meta)
+                    yield task_id, meta
                     last_ready = time.monotonic()
-            if not waiting:
-                return
-            if left <= 0:
-                raise self.TimeoutError(f'The operation timed out ({timeout})')
-            if interval in (None, 0.5):  # Celery's default: the caller has no interval of its own
-                pause = min(max(0.5, (time.monotonic() - last_ready) / 10), 30)
-            time.sleep(min(pause, left))
-            if on_interval:
-                on_interval()  # before the next look: a parent's own error comes first
+                now = time.monotonic()
+                if not ids:
+                    return
+                if whole and now >= deadline:
+                    raise self.TimeoutError(f'The operation timed out ({timeout})')
+                if interval in (None, CELERYS_INTERVAL):  # the caller has none of its own
+                    pause = min(max(FIRST_PAUSE, (now - last_ready) / 10), LONGEST_PAUSE)
+                time.sleep(max(0, min(pause, deadline - now)))
+                if on_interval:
+                    on_interval()  # before the next look: a parent's own error comes first
 
-    # Chords: without polling, markers or listings; the chord's key names the part that it awaits.
+    # Chords: without polling; a note in S3 says which part goes on.
 
     implements_incr = property(lambda self: self.bucket.conditional_writes)  # else Celery polls
-
-    def incr(self, key: str) -> int:
-        return 1  # Celery compares it with chord_size, which on_chord_part_return() sets
+    incr = staticmethod(lambda key: 1)  # Celery counts the ended parts up to chord_size, here 1
+    _found = {}  # Ours: a chord's group and its parts' metas, by id, while Celery joins them
 
     def _apply_chord_incr(self, header_result_args, body, **kwargs):
-        super()._apply_chord_incr(header_result_args, body, **kwargs)
         group_id, results = header_result_args
         *_, last = find_tasks(results)
-        self.bucket.put_if(self.get_key_for_chord(group_id), last.encode(), None)
-
-    def store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        if request is not None and request.id == task_id:
-            request.stored = state
-        return super().store_result(task_id, result, state, traceback, request, **kwargs)
+        body['note'] = group_id  # each part receives this body as request.chord
+        # Parts mostly end in order: while the last one is awaited, the others look and leave.
+        self.bucket.put_if(self.get_key_for_chord(group_id), last.id.encode(), None)
+        super()._apply_chord_incr(header_result_args, body, **kwargs)
 
     def on_chord_part_return(self, request, state, result, **kwargs):
-        """Let the chord await another part; when all have ended, send its body, at most once."""
-        if request.chord and getattr(request, 'stored', None) != state:
-            # The task ignores its result, but the chord's body takes it.
+        if not isinstance(request.chord, dict) or not request.id:
+            return  # Celery asks about tasks that are in no chord, too
+        if getattr(request, 'stored', None) != state:  # ignored, but the chord's body takes it
             self.store_result(request.id, result, state, request=request)
-        if not (self.implements_incr and request.chord and request.group):
-            return
-        key = self.get_key_for_chord(request.group)
-        awaited, etag = self.bucket.get(key)
-        if awaited != request.id.encode():
-            return
-        group = self.restore_group(request.group) or []
-        others = [task_id for task_id in find_tasks(group) if task_id != request.id]
-        pending = []
-        for _, pending in self._look(random.sample(others, len(others))):
-            pass  # what counts is the last look
-        successor = pending[0] if pending else os.urandom(16).hex()
-        awaited, _ = self.bucket.put_if(key, successor.encode(), etag)
-        if awaited != successor.encode():
-            return  # a second delivery of this task went ahead
-        if not pending:
-            request.chord['chord_size'] = 1
-            super().on_chord_part_return(request, state, result, **kwargs)
-        elif self.get_state(successor) in states.READY_STATES:
-            # It ended before it was awaited, and nobody else will come in its name.
-            self.on_chord_part_return(Context(vars(request), id=successor), state, result)
+        # Pickle loses the note of a group or a chain; the part's own group is mostly the chord's.
+        group_id = request.chord.get('note') or request.group
+        if group_id and self.implements_incr and self._go_on(request, group_id):
+            part = Context(id=request.id, group=group_id, chord=dict(request.chord, chord_size=1))
+            try:
+                super().on_chord_part_return(part, state, result, **kwargs)
+            finally:
+                self._found = {}
+
+    def _go_on(self, request, group_id: str) -> bool:
+        """Ours: whether all parts have ended, and this delivery of one is to send the body.
+
+        The note is LAST, MINE awaits THAT, or MINE sends NONCE, with a line for each word; a part
+        that has ended goes on with the chord if it finds its own id there."""
+        key = self.get_key_for_chord(group_id)
+        note, etag = self.bucket.get(key)
+        words = (note or b'').decode().split('\n')
+        if request.id not in words:
+            return False
+        body_id = request.chord.get('options', {}).get('task_id')
+        # Where an earlier delivery sends the body, its worker may have died before it did.
+        for seconds in (0, LONGEST_SENDING) if words[1:2] == ['sends'] else ():
+            time.sleep(seconds)
+            is_sent = self.restore_group(group_id, cache=False) is None  # deleted thereafter
+            has_begun = body_id and self.get_state(body_id) != states.PENDING
+            if is_sent or has_begun or self.bucket.get(key)[1] != etag:
+                return False
+        group = self.restore_group(group_id, cache=False)
+        tasks = [task.id for task in find_tasks(group.results if group else [])]
+        ids = random.sample(tasks, len(tasks))  # in one order, all would look at the same first
+        found = {group_id: group}
+        while True:
+            with self._start_threads(len(ids)) as pool:
+                found.update(self._look(pool, self._look_at_part, ids, 1))
+            words = ['awaits', ids[-1]] if ids else ['sends', os.urandom(16).hex()]
+            note = '\n'.join([request.id, *words]).encode()
+            there, etag = self.bucket.put_if(key, note, etag)
+            if there != note:
+                return False  # another part, or another delivery of this one, went ahead
+            if not ids:
+                self._found = found
+                return True
+            # The awaited one may have read the older note and gone: if it has ended, we go on.
+            if self._look_at_part(ids[-1])['status'] not in states.READY_STATES:
+                return False
+
+    def restore_group(self, group_id, cache=True):
+        return self._found.get(group_id) or super().restore_group(group_id, cache)
+
+    def get_task_meta(self, task_id, cache=True):
+        return self._found.get(task_id) or super().get_task_meta(task_id, cache)
+
+    def _look_at_part(self, task_id: str) -> dict:
+        value = self._ensure_retryable(self.get, self.get_key_for_task(task_id))
+        try:
+            return self.decode_result(value) if value else {'status': states.PENDING}
+        except Exception as error:  # whatever a serializer raises: the chord fails with it
+            return {'status': states.FAILURE, 'result': error}
 
     def chord_error_from_stack(self, callback, exc=None):
+        """The body will not be sent, because a part has failed: so it has failed, too."""
+        if not callback.id:  # of a chain, before Celery 5.6; its error is stored under the id
+            callback.options['task_id'] = find_ends(callback)[0].id
         super().chord_error_from_stack(callback, exc)
-        # Where this body is itself a part of another chord, or a group of parts, that one is told.
-        tasks = callback.tasks if callback.subtask_type == 'group' else [callback]
-        for part in (task.options for task in tasks if task.options.get('chord')):
-            fake = Context(part, id=part['task_id'], group=part['group_id'], stored='FAILURE')
-            self.on_chord_part_return(fake, states.FAILURE, exc)
+        self._fail_ends(callback, exc)
+
+    def _fail_chain(self, chain, exc, *args, **kwargs):
+        """A task has failed: so those that are chained after it have failed, too."""
+        super()._fail_chain(chain, exc, *args, **kwargs)
+        if isinstance(chain, list) and chain:
+            self._fail_ends(canvas.maybe_signature(chain[0], self.app), exc)  # the last is first
+
+    def _fail_ends(self, signature, exc):
+        """Ours: store the error of each task that this ends with, and tell the task's chord.
+
+        Celery leaves out those in groups and chords, and takes one whose error is stored for told,
+        although a worker may have died between the two."""
+        for task in find_ends(signature):
+            request = Context(task.options, id=task.id, stored=states.FAILURE)
+            is_stored = self.get_state(task.id) in states.READY_STATES
+            self.mark_as_failure(task.id, exc, None, request, not is_stored, call_errbacks=False)
 
 
-def find_tasks(results):
-    """Yield the ids of all tasks of a group, those of groups inside it included."""
+def find_tasks(results: list):
+    """Yield the results of all single tasks, those in groups inside of groups as well."""
     for result in results:
-        yield from (find_tasks(result) if hasattr(result, 'results') else [result.id])
+        yield from find_tasks(result.results) if hasattr(result, 'results') else [result]
+
+
+def find_ends(signature) -> list:
+    """The tasks whose results are those of a task, group, chain or chord."""
+    while signature.subtask_type in ('chain', 'chord'):
+        signature = signature.body if signature.subtask_type == 'chord' else signature.tasks[-1]
+    if signature.subtask_type != 'group':
+        return [signature]
+    return [end for task in signature.tasks for end in find_ends(task)]
