@@ -404,7 +404,7 @@ class S3Backend(KeyValueStoreBackend):
         return self._found.get(task_id) or super().get_task_meta(task_id, cache)
 
     def _look_at_part(self, task_id: str) -> dict:
-        value = self._ensure_retryable(self.get, self.get_key_for_task(task_id))
+        value = self.get(self.get_key_for_task(task_id))
         try:
             return self.decode_result(value) if value else {'status': states.PENDING}
         except Exception as error:  # whatever a serializer raises: the chord fails with it

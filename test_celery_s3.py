@@ -4,6 +4,7 @@
 contract, the last section, against that live bucket; without it, it runs on `responses`.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -34,8 +36,15 @@ from celery import Celery, chord, group
 from celery import __version__ as celery_version
 from celery.app.task import Context
 from celery.contrib.testing.worker import start_worker
-from celery.exceptions import BackendStoreError, ChordError, ImproperlyConfigured, TimeoutError
+from celery.exceptions import (
+    BackendStoreError,
+    ChordError,
+    ImproperlyConfigured,
+    NotRegistered,
+    TimeoutError,
+)
 from celery.result import AsyncResult, GroupResult
+from celery.utils.objects import Bunch
 from kombu.transport import memory
 
 import celery_s3
@@ -64,7 +73,7 @@ def refusal(status, code, headers=None, message='No.'):
     return status, {'x-amz-request-id': 'R1', **(headers or {})}, body
 
 
-def refused(status, code, headers=None):  # a fault is given S3's own way to answer
+def refused(status, code, headers=None):
     return lambda answer: refusal(status, code, headers)
 
 
@@ -94,24 +103,38 @@ def after(action):
     return fault
 
 
+class Sent(str):
+    """A request, as 'METHOD key'; its headers are an attribute."""
+
+
 class Store:
     """The bucket `results` in memory, which answers as S3 does."""
 
     def __init__(self):
-        self.objects, self.calls, self.faults, self.names = {}, [], [], []
-        self.region, self.etag_forms, self.hide_missing = 'us-east-1', ('quoted', 'bare'), False
-        self.gate, self.lock = None, threading.RLock()
+        self.objects = {}
+        self.sent = []  # the record of all requests
+        self.faults = []
+        self.region = 'us-east-1'
+        self.etag_forms = ('quoted', 'bare')
+        self.hide_missing = False
+        self.gate = None
+        self.lock = threading.RLock()
 
     def fail_next(self, pattern, fault, times=1):
-        """The next requests whose 'METHOD key' begins like the pattern meet a fault."""
+        """The next requests whose 'METHOD key' begins like the pattern meet a fault.
+
+        A fault is called with a function that answers as S3 does. It may call that one before or
+        after something else happens, or not at all; and it returns an answer, or raises.
+        """
         self.faults += [(pattern, fault)] * times
 
     def take_requests(self):
-        taken, self.names[:] = list(self.names), []
+        taken = list(self.sent)
+        self.sent.clear()
         return taken
 
     def count_requests(self):
-        return Counter(name.split()[0] for name in self.take_requests())
+        return Counter(request.split()[0] for request in self.take_requests())
 
     def __call__(self, request):
         url = urlsplit(request.url)
@@ -119,13 +142,13 @@ class Store:
         key = unquote(url.path[1:])
         if not host.startswith('s3'):  # path style
             bucket, _, key = key.partition('/')
-        name = f'{request.method} {key}'
+        sent = Sent(f'{request.method} {key}')
+        sent.headers = {name: to_str(value) for name, value in request.headers.items()}
         if self.gate:
-            self.gate(name)
+            self.gate(sent)
         with self.lock:
-            self.names.append(name)
-            self.calls.append(request)
-            fault = next((fault for fault in self.faults if re.match(fault[0], name)), None)
+            self.sent.append(sent)
+            fault = next((fault for fault in self.faults if re.match(fault[0], sent)), None)
             if fault:
                 self.faults.remove(fault)
 
@@ -211,14 +234,21 @@ def environment(monkeypatch, tmp_path):
     clear_environment(monkeypatch)
     monkeypatch.setenv('AWS_CONFIG_FILE', str(tmp_path / 'config'))
     monkeypatch.setenv('AWS_SHARED_CREDENTIALS_FILE', str(tmp_path / 'credentials'))
-    monkeypatch.setattr('celery.utils.time.random.randrange', lambda stop: stop - 1)
+
+
+@pytest.fixture(autouse=True)
+def no_chance(monkeypatch):
+    """A random pause is the longest possible, and a random order the one that was given."""
+    monkeypatch.setattr(random, 'uniform', lambda low, high: high)
     monkeypatch.setattr(random, 'sample', lambda population, size: list(population))
 
 
-@pytest.fixture
-def clock(monkeypatch):
+@pytest.fixture(autouse=True)
+def clock(request, monkeypatch):
+    """Time stands still in each test that is not marked with `real_time`."""
     clock = Clock()
-    monkeypatch.setattr(celery_s3, 'time', clock)
+    if not request.node.get_closest_marker('real_time'):
+        monkeypatch.setattr(celery_s3, 'time', clock)
     return clock
 
 
@@ -259,16 +289,11 @@ def wire(monkeypatch):
 
 
 @pytest.fixture
-def store_in_real_time(wire):
+def store(wire):
     store = Store()
     for method in 'GET', 'PUT', 'DELETE':
         wire.add_callback(method, re.compile('https?://'), callback=store)
     return store
-
-
-@pytest.fixture
-def store(store_in_real_time, clock):
-    return store_in_real_time
 
 
 def make_bucket(bucket='results', **settings):
@@ -339,14 +364,14 @@ def client_error(status, code):
 def test_exactly_transient_faults_are_safe_to_retry():
     transient = [client_error(status, 'Any') for status in (429, 500, 502, 503, 504)]
     transient += [client_error(400, code) for code in ('RequestTimeout', 'Throttling')]
-    transient += [client_error(409, 'ConditionalRequestConflict')]
+    transient += [client_error(409, 'ConcurrentModification')]  # Ceph 20, of a lost race
     names = 'ConnectionClosed ConnectTimeout EndpointConnection ProxyConnection ReadTimeout SSL'
     for name in names.split():
         error = getattr(exceptions, f'{name}Error')
         transient += [error(endpoint_url='e', error='x', proxy_url='p')]
-    final = [client_error(status, 'Any') for status in (400, 403, 404, 409, 412, 501)]
+    final = [client_error(status, 'Any') for status in (400, 403, 404, 412, 501)]
     final += [exceptions.NoCredentialsError(), ValueError('key'), client_error(400, None)]
-    final += [exceptions.HTTPClientError(error='SoftTimeLimitExceeded')]
+    final += [exceptions.HTTPClientError(error='any')]
     final += [exceptions.SSLError(endpoint_url='e', error='CERTIFICATE_VERIFY_FAILED')]
     for error in transient + final:
         assert celery_s3.is_transient(error) is (error in transient)
@@ -472,7 +497,7 @@ def test_an_unsafe_key_is_refused_before_anything_is_sent(store, key):
     for use in bucket.get, bucket.delete, lambda key: bucket.put(key, b''):
         with pytest.raises(ValueError, match='not safe in a key'):
             use(key)
-    assert store.names == []
+    assert store.sent == []
 
 
 # Bucket: signing
@@ -485,7 +510,7 @@ def test_a_signature_to_the_letter(store, monkeypatch):
     monkeypatch.setattr(botocore.auth, 'datetime', before_1_40)
     headers = {'x-amz-storage-class': 'REDUCED_REDUNDANCY'}
     make_bucket(headers=headers).put('test$file.text', b'Welcome to Amazon S3.')
-    headers = store.calls[0].headers
+    headers = store.sent[0].headers
     assert headers['X-Amz-Date'] == '20130524T000000Z'
     assert headers['Authorization'] == (
         'AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20130524/us-east-1/s3/aws4_request, '
@@ -502,7 +527,7 @@ def test_each_attempt_is_signed_afresh_with_the_credentials_of_the_moment(store,
     )
     store.fail_next('GET', refused(503, 'SlowDown'))
     make_bucket().get('x')
-    first, second = (call.headers for call in store.calls)
+    first, second = (call.headers for call in store.sent)
     assert 'OLD' in first['Authorization'] and first['X-Amz-Security-Token'] == 'token'
     assert 'NEW' in second['Authorization'] and 'X-Amz-Security-Token' not in second
 
@@ -512,7 +537,7 @@ def test_without_credentials_the_error_says_so_until_they_come(store, monkeypatc
     bucket = make_bucket()
     with pytest.raises(exceptions.NoCredentialsError):
         bucket.get('x')
-    assert store.names == []
+    assert store.sent == []
     monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'LATER')
     assert bucket.get('x') == (None, None)
 
@@ -529,7 +554,8 @@ def test_credentials_are_looked_up_by_one_thread_at_a_time(store, backend, monke
         return look_up(session)
 
     monkeypatch.setattr(botocore.session.Session, 'get_credentials', meet)
-    backend.mget([f'k{number}' for number in range(8)])
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(backend.get, 'abcdefgh'))
     assert met == []
 
 
@@ -556,14 +582,14 @@ def test_the_headers_go_with_every_put_and_nothing_else(store):
     bucket.put_if('new', b'', None)
     bucket.get('key')
     bucket.delete('key')
-    carried = [to_str(call.headers.get('x-amz-tagging')) for call in store.calls]
+    carried = [to_str(call.headers.get('x-amz-tagging')) for call in store.sent]
     assert carried == ['a=b', 'a=b', 'a=b', None, None]
 
 
 def test_put_if_none_is_there(store):
     bucket = make_bucket()
     assert bucket.put_if('key', b'mine', None) == (b'mine', store.etag('key'))
-    assert store.calls[-1].headers['If-None-Match'] == '*'
+    assert store.sent[-1].headers['If-None-Match'] == '*'
     store.take_requests()
     assert bucket.put_if('key', b'late', None) == (b'mine', store.etag('key'))
     assert store.take_requests() == ['PUT key', 'GET key']
@@ -576,13 +602,15 @@ def test_put_if_the_etag_is_this_in_whatever_form_the_store_wants_it(store, form
     bucket = make_bucket()
     _, etag = bucket.put_if('key', b'1', None)
     store.take_requests()
+    assert bucket.put_if('key', b'lost', 'abc') == (b'1', etag)  # a genuine conflict
+    assert store.take_requests() == ['PUT key', 'PUT key', 'GET key']
     found, new = bucket.put_if('key', b'2', etag)
     assert (found, new) == (b'2', store.etag('key'))
     assert len(store.take_requests()) == (2 if forms == ('bare',) else 1)
     bucket.put_if('key', b'3', new)
-    assert store.take_requests() == ['PUT key']  # the form that succeeded goes first
-    assert bucket.put_if('key', b'4', etag) == (b'3', store.etag('key'))  # a genuine conflict
-    assert store.take_requests() == ['PUT key', 'PUT key', 'GET key']
+    assert store.take_requests() == ['PUT key']  # only the form that has succeeded
+    assert bucket.put_if('key', b'4', etag) == (b'3', store.etag('key'))
+    assert store.take_requests() == ['PUT key', 'GET key']
 
 
 @pytest.mark.parametrize('etag', [None, 'abc'])
@@ -590,7 +618,7 @@ def test_a_wrong_header_surfaces_as_s3s_own_error(store, etag):
     store.fail_next('PUT', refused(400, 'InvalidArgument'), times=9)
     with pytest.raises(ClientError, match='InvalidArgument'):
         make_bucket(headers={'x-amz-acl': 'wrong'}).put_if('key', b'', etag)
-    assert len(store.names) == (2 if etag else 1)
+    assert len(store.sent) == 1
 
 
 @pytest.mark.parametrize('etag', [None, 'abc'])
@@ -619,16 +647,39 @@ def test_what_may_pass_is_tried_again(store, clock, fault):
     assert clock.slept == [0.2, 0.4, 0.8, 1.6] * 3  # full jitter's longest
 
 
+def test_each_retry_is_a_warning_that_says_what_and_why(store, caplog):
+    store.fail_next('PUT', refused(503, 'SlowDown'))
+    store.fail_next('PUT', dropped)
+    make_bucket(base_path='box').put('key', b'x')
+    logged = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+    assert [line.split(':')[0] for line in logged] == ['PUT s3', 'PUT s3']
+    assert re.search(r's3://results/box/key: .*SlowDown.*; attempt 2 in 0.2 s$', logged[0])
+    assert re.search(r's3://results/box/key: .*dropped.*; attempt 3 in 0.4 s$', logged[1])
+
+
 @pytest.mark.parametrize(('given', 'attempts'), [('0', 5), ('1', 1), ('12', 12), ('-1', 1)])
 def test_aws_max_attempts_says_how_often_to_try(store, clock, monkeypatch, given, attempts):
     monkeypatch.setenv('AWS_MAX_ATTEMPTS', given)
-    monkeypatch.setattr('celery.utils.time.random.randrange', lambda stop: stop // 4)
+    monkeypatch.setattr(random, 'uniform', lambda low, high: low + (high - low) / 4)
     store.fail_next('GET', dropped, times=99)
     with pytest.raises(ConnectionClosedError):
         make_bucket().get('key')
-    assert len(store.names) == attempts
+    assert len(store.sent) == attempts
     jittered = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5]  # of at most 20 seconds
-    assert clock.slept == jittered[: attempts - 1]
+    assert clock.slept == pytest.approx(jittered[: attempts - 1])
+
+
+class Interruption(Exception):
+    """Such as Celery's SoftTimeLimitExceeded, which a signal raises anywhere."""
+
+
+def test_what_strikes_inside_a_request_is_not_wrapped_and_ends_it(wire, monkeypatch):
+    def send(http, request):
+        raise exceptions.HTTPClientError(error=Interruption('now'))  # as URLLib3Session does
+
+    monkeypatch.setattr(botocore.httpsession.URLLib3Session, 'send', send)
+    with pytest.raises(Interruption, match='now'):
+        make_bucket().put('key', b'x')
 
 
 @pytest.mark.parametrize('body', ['', 'half'])
@@ -646,7 +697,7 @@ def test_an_error_after_200_is_a_failure_of_a_put_only(store, opening):
     body = f'<?xml version="1.0"?>{opening}<Code>InternalError</Code></Error>'
     store.fail_next('PUT', lambda answer: (200, {}, body))
     bucket.put('key', body.encode())
-    assert store.names == ['PUT key'] * 2
+    assert store.sent == ['PUT key'] * 2
     assert bucket.get('key')[0] == body.encode()
 
 
@@ -674,7 +725,7 @@ def test_a_bucket_in_another_region_is_an_error_that_names_it(store, status):
     store.fail_next('GET', refused(status, 'Any', {'x-amz-bucket-region': 'eu-west-1'}))
     with pytest.raises(ClientError, match=f'HTTP {status}, bucket in eu-west-1'):
         make_bucket().get('key')
-    assert store.names == ['GET key']
+    assert store.sent == ['GET key']
     store.region = 'eu-west-1'
     assert make_bucket(aws_region='eu-west-1').get('key') == (None, None)
 
@@ -707,9 +758,16 @@ def test_settings_come_from_old_style_and_from_django_configuration(namespace):
     app.config_from_object(OldStyle, namespace=namespace)
     assert type(app.backend) is S3Backend
     assert app.backend.as_uri() == app.backend.as_uri(True) == 's3://old-style/celery/'
-    lower_case = Celery(backend='celery_s3.S3Backend', set_as_current=False)
-    lower_case.conf.s3_backend_settings = {'bucket': 'lower-case'}
-    assert lower_case.backend.as_uri() == 's3://lower-case/'
+
+
+@pytest.mark.parametrize('path', ['celery_s3.S3Backend', 'celery_s3.backends.S3Backend'])
+def test_lower_case_settings_and_the_path_of_celery_s3_1(path):
+    app = Celery(backend=path, set_as_current=False)
+    app.conf.s3_backend_settings = {'bucket': 'lower-case'}
+    assert app.backend.as_uri() == 's3://lower-case/'
+    import celery_s3.backends
+
+    assert celery_s3.backends.S3Backend is type(app.backend) is S3Backend
 
 
 def test_none_and_nothing_mean_not_set():
@@ -736,12 +794,19 @@ def test_none_and_nothing_mean_not_set():
         ),
         ({'bucket': 'b', 'denied_is_missing': 1}, 'denied_is_missing must be of type bool'),
         ({'bucket': 'b', 'max_connections': '7'}, 'max_connections must be of type int'),
+        ({'bucket': 'b', 'max_connections': True}, 'max_connections must be of type int'),
         ({'bucket': 'b', 'max_connections': 0}, 'max_connections must be 1 or more'),
+        ({'bucket': 'b', 'headers': {'x-amz-acl': True}}, 'headers must be .* printable ASCII'),
+        ({'bucket': 'b', 'headers': {'x-amz-meta-é': ''}}, 'headers must be .* printable ASCII'),
+        ({'bucket': 'b', 'headers': {'x-amz-acl': 'a\nb'}}, 'headers must be .* printable ASCII'),
+        ({'bucket': 'b', 'base_path': './x'}, 'base_path must not hold'),
+        ({'bucket': 'b', 'base_path': 'a/../x/'}, 'base_path must not hold'),
         ({'bucket': 'b', 'aws_access_key_id': 'A'}, 'aws_secret_access_key go together'),
         ({'bucket': 'b', 'aws_secret_access_key': 'S'}, 'aws_access_key_id and'),
         ({'bucket': 'b', 'aws_session_token': 'T'}, 'aws_access_key_id and'),
         ({'bucket': 'b', 'aws_profile': 'absent'}, r'profile \(absent\) could not be found'),
         ({'bucket': 'b', 'endpoint_url': 'localhost:9000'}, 'endpoint_url must begin with http'),
+        ({'bucket': 'b', 'endpoint_url': 'http://a:b@host'}, 'endpoint_url must begin with http'),
         ({'bucket': 'b', 'reduced_redundancy': True}, "'reduced_redundancy'"),
     ],
 )
@@ -759,8 +824,8 @@ def test_no_secret_shows(store):
     store.fail_next('GET', refused(400, 'ExpiredToken'))
     with pytest.raises(ClientError) as error:
         app.backend.get('key')
-    assert to_str(store.calls[0].headers['X-Amz-Security-Token']) == 'TOKEN'
-    assert 'Credential=AKID/' in to_str(store.calls[0].headers['Authorization'])
+    assert to_str(store.sent[0].headers['X-Amz-Security-Token']) == 'TOKEN'
+    assert 'Credential=AKID/' in to_str(store.sent[0].headers['Authorization'])
     with pytest.raises(ImproperlyConfigured) as typo:
         assert make_app({'bucket': 'results', 'aws_secret_acces_key': SECRET}).backend
     shown = [app.backend, app.backend.bucket, app.backend.as_uri(True), error.value, typo.value]
@@ -775,7 +840,7 @@ def test_making_a_backend_sends_nothing_and_imports_no_boto3(wire, backend):
     assert subprocess.run([sys.executable, '-c', program], cwd=folder).returncode == 0
 
 
-# S3Backend: get, mget, set, delete
+# S3Backend: get, set, delete
 
 
 @pytest.mark.parametrize('value', ['text', 'é', b'\x80bytes', b'', b'x' * 5_000_000])
@@ -785,21 +850,6 @@ def test_values_come_back_as_bytes(store, backend, value):
     backend.delete(b'key')
     assert backend.get('key') is None
     assert store.take_requests() == ['PUT key', 'GET key', 'DELETE key', 'GET key']
-
-
-def test_mget_keeps_the_order_and_has_a_thread_per_connection(store):
-    barrier, threads = threading.Barrier(4), set()
-
-    def gate(name):
-        threads.add(threading.get_ident())
-        barrier.wait(10)  # breaks unless four requests are on their way at once
-
-    store.gate = gate
-    store.objects |= {f'k{number}': str(number).encode() for number in range(12)}
-    app = make_app({'bucket': 'results', 'max_connections': 4})
-    keys = [f'k{number}' for number in range(12, 0, -1)]
-    assert app.backend.mget(keys) == [None, *(key[1:].encode() for key in keys[1:])]
-    assert (len(threads), len(store.names)) == (4, 12)
 
 
 @pytest.mark.skipif(not hasattr(S3Backend, 'prepare_compression'), reason='Celery 5.7')
@@ -866,10 +916,11 @@ def test_each_state_is_one_put_on_the_last_and_the_first_must_find_nothing(store
     for state in 'STARTED', 'PROGRESS', 'PROGRESS', 'RETRY', 'STARTED', 'SUCCESS':
         backend.store_result('id', {'n': len(etags)}, state)
         etags.append(f'"{store.etag(f"{TASK}id")}"')
-    assert store.take_requests() == [f'PUT {TASK}id'] * 6
-    conditions = [to_str(call.headers.get('If-Match')) for call in store.calls]
+    sent = store.take_requests()
+    assert sent == [f'PUT {TASK}id'] * 6
+    conditions = [request.headers.get('If-Match') for request in sent]
     assert conditions == [None, *etags[:-1]]
-    assert store.calls[0].headers['If-None-Match'] == '*'
+    assert sent[0].headers['If-None-Match'] == '*'
     meta = json.loads(store.objects[f'{TASK}id'])
     assert (meta['status'], meta['result'], meta['task_id']) == ('SUCCESS', {'n': 5}, 'id')
 
@@ -943,7 +994,7 @@ def test_without_conditional_writes_celery_reads_before_it_writes(store):
     backend.store_result('id', ValueError('late'), 'FAILURE')
     reads_and_writes = [f'GET {TASK}id', f'PUT {TASK}id'] * 2 + [f'GET {TASK}id']
     assert store.take_requests() == reads_and_writes
-    assert not [call for call in store.calls if {'If-Match', 'If-None-Match'} & set(call.headers)]
+    assert not [call for call in store.sent if {'If-Match', 'If-None-Match'} & set(call.headers)]
     assert backend.get_result('id') == 'right'
 
 
@@ -959,7 +1010,7 @@ def test_the_longer_a_task_takes_the_less_is_asked(store, app, clock, end, most,
     clock.at(end, store.finish, 'id', 42)
     assert AsyncResult('id', app=app).get() == 42
     assert end <= clock.now <= end + late
-    assert len(store.names) <= most
+    assert len(store.sent) <= most
     clock.at(clock.now + 100, store.finish, 'other')
     AsyncResult('other', app=app).get(interval=5)
     assert clock.slept[-20:] == [5] * 20  # a caller's own interval is kept
@@ -971,7 +1022,7 @@ def test_a_running_group_costs_two_requests_a_second_and_is_joined_in_order(stor
         clock.at(600, store.finish, str(number), number)
     assert results_of(app, *map(str, numbers)).get() == list(numbers)
     assert clock.now <= 630
-    assert len(store.names) <= 1000 + 2 * 600
+    assert len(store.sent) <= 1000 + 2 * 600
 
 
 def test_stuck_tasks_hide_none_of_those_that_end_one_after_another(store, app, clock):
@@ -981,7 +1032,7 @@ def test_stuck_tasks_hide_none_of_those_that_end_one_after_another(store, app, c
     found = results_of(app, *numbers, *(f'stuck{number}' for number in range(20))).iter_native()
     assert {next(found)[0] for _ in numbers} == set(numbers)
     assert clock.now <= 660
-    assert len(store.names) <= 8000
+    assert len(store.sent) <= 8000
 
 
 def test_the_only_one_that_has_ended_is_found_within_a_minute(store, app, clock):
@@ -993,12 +1044,53 @@ def test_the_only_one_that_has_ended_is_found_within_a_minute(store, app, clock)
 
 def test_a_join_asks_for_up_to_max_connections_at_a_time(store):
     app = make_app({'bucket': 'results', 'max_connections': 8})
-    together = [threading.Barrier(size) for size in (1, 2, 4, 8, 8)]
+    together = [threading.Barrier(size) for size in (1, 3, 8)]
     waves = iter([barrier for barrier in together for _ in range(barrier.parties)])
-    store.gate = lambda name: next(waves).wait(10)  # breaks unless a wave is on its way at once
-    for number in range(23):
+    store.gate = lambda sent: next(waves).wait(10)  # breaks unless a wave is on its way at once
+    numbers = range(12)
+    for number in numbers:
         store.finish(str(number), number)
-    assert results_of(app, *map(str, range(23))).get() == list(range(23))
+    assert results_of(app, *map(str, numbers)).get() == list(numbers)
+
+
+def test_a_large_join_has_one_pool_of_threads(store, app, monkeypatch):
+    start, started = threading.Thread.start, []
+    monkeypatch.setattr(threading.Thread, 'start', lambda t: started.append(t) or start(t))
+    numbers = range(300)
+    for number in numbers:
+        store.finish(str(number), number)
+    assert results_of(app, *map(str, numbers)).get() == list(numbers)
+    assert 50 <= len(started) <= 55  # with those that look after the pool
+
+
+@pytest.mark.parametrize('limit', [0, 5])
+def test_a_join_needs_no_threads_where_none_can_start_any_more(store, app, monkeypatch, limit):
+    start, started = threading.Thread.start, []
+
+    def start_some(thread):
+        if len(started) == limit:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, 'start', start_some)
+    for number in range(9):
+        store.finish(str(number), number)
+    assert results_of(app, *map(str, range(9))).get() == list(range(9))
+
+
+def test_an_interrupted_join_waits_for_no_request(store, app):
+    answered = threading.Event()
+    for number in range(9):
+        store.finish(str(number), number)
+    store.gate = lambda sent: sent == f'GET {TASK}0' or answered.wait(20)
+    timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        results_of(app, *map(str, range(9))).get()
+    assert not answered.is_set()
+    answered.set()
+    timer.join()
 
 
 @pytest.mark.parametrize('timeout', [0, 0.3, 7, 100])
@@ -1010,6 +1102,27 @@ def test_a_timeout_ends_on_time(store, app, clock, timeout, results):
     assert clock.now == timeout
     store.finish('id')
     assert results_of(app, *results).get(timeout=0) == [None] * len(results)
+
+
+def test_a_timeout_is_measured_after_a_look(store, app, clock):
+    store.gate = lambda sent: clock.sleep(0.5)
+    with pytest.raises(TimeoutError):
+        AsyncResult('id', app=app).get(timeout=0.6)
+    assert clock.now <= 1.1
+
+
+def test_a_timeout_holds_for_groups_in_a_group(store, app, clock):
+    inner = results_of(app, 'pending', 'ready too')
+    group = GroupResult('outer', [AsyncResult('ready', app=app), inner], app=app)
+    for task_id in 'ready', 'ready too':
+        store.finish(task_id, task_id)
+    with pytest.raises(TimeoutError):
+        group.get(timeout=2)
+    assert clock.now == 2
+    store.finish('pending', 1)
+    store.take_requests()
+    assert group.get(timeout=0) == ['ready', [1, 'ready too']]
+    assert len(store.take_requests()) == 3
 
 
 def test_what_is_ready_is_handed_over_before_a_timeout(store, app):
@@ -1024,7 +1137,7 @@ def test_what_is_ready_is_handed_over_before_a_timeout(store, app):
 def test_on_interval_is_called_after_each_pause_before_the_next_look(store, app, clock):
     seen = []
     clock.at(1.2, store.finish, 'id', 42)
-    app.backend.wait_for('id', on_interval=lambda: seen.append((clock.now, len(store.names))))
+    app.backend.wait_for('id', on_interval=lambda: seen.append((clock.now, len(store.sent))))
     assert seen == [(0.5, 1), (1.0, 2), (1.5, 3)]
 
 
@@ -1100,30 +1213,36 @@ def test_a_chord_sends_its_body_once_all_parts_are_done(store, app):
     assert not left_behind(store, parts)
 
 
-def test_parts_that_end_in_order_cost_four_requests_each(store, app):
+def test_parts_that_end_in_order_cost_three_requests_each(store, app):
     parts, _ = begin(app, 200)
-    assert store.count_requests() == {'PUT': 2}  # the group, and which part is awaited
+    assert store.count_requests() == {'PUT': 2}  # the group, and the note
     for part in parts[:-1]:
         finish(app, part)
     assert store.count_requests() == {'PUT': 199, 'GET': 199}
     finish(app, parts[-1])
-    # Its result and the claim; the key, the group twice, the search, the join; group and key.
-    assert store.count_requests() == {'PUT': 2, 'GET': 3 + 199 + 200, 'DELETE': 2}
+    # Its result and the claim; the note, the group, the results; the group and the note.
+    assert store.count_requests() == {'PUT': 2, 'GET': 2 + 200, 'DELETE': 2}
     assert len(bodies(app)) == 1
 
 
-@pytest.mark.parametrize('size', [20, 100])
-def test_parts_that_end_in_any_order_cost_at_most_six_requests_each(store, app, monkeypatch, size):
+@pytest.mark.parametrize(('size', 'order'), [(20, 'any'), (100, 'any'), (100, 'last first')])
+def test_parts_that_end_in_any_order_cost_at_most_five_requests_each(
+    store, app, monkeypatch, size, order
+):
+    app.conf.CELERY_S3_BACKEND_SETTINGS = {'bucket': 'results', 'max_connections': 1}
     dice = random.Random(size)
     monkeypatch.setattr(random, 'sample', dice.sample)
     for _ in range(5):
         store.objects.clear()
         parts, _ = begin(app, size)
-        dice.shuffle(parts)
+        if order == 'any':
+            dice.shuffle(parts)
+        else:
+            parts.insert(0, parts.pop())
         for part in parts:
             finish(app, part)
         assert len(bodies(app)) == 1
-    assert len(store.names) / 5 <= 6 * size
+    assert len(store.sent) / 5 <= 5 * size
     assert not left_behind(store, parts)
 
 
@@ -1134,48 +1253,6 @@ def test_parts_delivered_twice_send_one_body(store, app, order):
         finish(app, parts[number])
     assert len(bodies(app)) == 1
     assert not left_behind(store, parts)
-
-
-@pytest.mark.parametrize('moment', [before, after, None])
-def test_the_part_handed_to_ends_at_any_moment(store, app, moment):
-    """Part 2 is awaited; it hands over to part 0, which ends just then."""
-    parts, _ = begin(app)
-    if moment:
-        store.fail_next(f'PUT {CHORD}', moment(lambda: finish(app, parts[0])))
-    finish(app, parts[2])
-    if not moment:
-        finish(app, parts[0])
-    assert bodies(app) == []
-    finish(app, parts[1])
-    assert len(bodies(app)) == 1
-    assert not left_behind(store, parts)
-
-
-@pytest.mark.parametrize('moment', [before, after])
-@pytest.mark.parametrize('request_', ['GET chord', 'GET celery-taskset', 'PUT chord', 'DELETE'])
-def test_the_awaited_part_is_delivered_again_at_any_moment(store, app, moment, request_):
-    parts, _ = begin(app, 2)
-    for part in reversed(parts):
-        again = Context(vars(part))
-        store.fail_next(request_, moment(lambda again=again: finish(app, again)))
-        finish(app, part)
-    assert len(bodies(app)) == 1
-    assert not left_behind(store, parts)
-    finish(app, parts[0])
-    assert bodies(app) == []
-
-
-def test_parts_that_end_at_the_same_instant_send_one_body(store, app):
-    for _ in range(5):
-        store.objects.clear()
-        parts, _ = begin(app, 8)
-        barrier = threading.Barrier(8)
-        store.gate = lambda name, at=barrier: name.startswith('GET chord') and at.wait(10)
-        with ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda part: finish(app, part), parts))
-        store.gate = None
-        assert len(bodies(app)) == 1
-        assert not left_behind(store, parts)
 
 
 @pytest.mark.parametrize('fault', [lost, dropped, refused(500, 'InternalError')])
@@ -1190,12 +1267,71 @@ def test_a_chord_survives_faults_of_any_request(store, app, request_, fault):
     assert not left_behind(store, parts)
 
 
-def test_a_second_claim_is_not_taken_for_ones_own(store, app):
-    parts, _ = begin(app, 1)
-    store.fail_next(f'PUT {CHORD}', before(lambda: finish(app, Context(vars(parts[0])))))
-    store.fail_next(f'PUT {CHORD}', lost)
+class Death(BaseException):
+    """A worker is killed."""
+
+
+@pytest.mark.parametrize('at', range(9))
+def test_a_part_whose_worker_dies_at_any_request_goes_on_when_it_comes_again(store, app, at):
+    def die(sent):
+        if len(store.sent) == at:
+            store.gate = None
+            raise Death
+
+    parts, result = begin(app, 2)
     finish(app, parts[0])
-    assert (len(bodies(app)), left_behind(store, parts)) == (1, set())
+    store.take_requests()
+    store.gate = die
+    with contextlib.suppress(Death):
+        finish(app, parts[1])
+    assert (store.gate is None) == (at < 8)  # its result, note, group, two results, claim, DELETEs
+    store.gate = None
+    if at == 6:  # the body was sent, and runs before the part comes again
+        store.finish(result.id)
+    finish(app, Context(vars(parts[1])))
+    assert len(bodies(app)) == 1
+    assert at in (6, 7) or not left_behind(store, parts)
+
+
+@pytest.mark.parametrize('sign', ['the record is gone', 'the body has begun', 'it ends meanwhile'])
+def test_a_second_delivery_leaves_where_the_first_shows_life(store, app, clock, sign):
+    parts, result = begin(app, 1)
+    note = f'{CHORD}{parts[0].group}'
+    store.objects[note] = f'{parts[0].id}\nsends\nnonce'.encode()
+    if sign == 'the record is gone':
+        app.backend.delete_group(parts[0].group)
+    elif sign == 'the body has begun':
+        store.finish(result.id, status='STARTED')
+    else:
+        clock.at(20, store.objects.pop, note)
+    finish(app, parts[0])
+    assert clock.slept == ([0, 30] if sign == 'it ends meanwhile' else [0])
+    assert bodies(app) == []
+
+
+def test_a_second_delivery_goes_on_for_a_first_that_has_died(store, app, clock):
+    parts, result = begin(app, 1)
+    store.objects[f'{CHORD}{parts[0].group}'] = f'{parts[0].id}\nsends\nnonce'.encode()
+    finish(app, parts[0], 5)
+    assert clock.slept == [0, 30]
+    assert bodies(app) == [[[5]]]
+    assert not left_behind(store, parts)
+
+
+def test_a_result_that_cannot_be_decoded_fails_the_chord(store, app):
+    parts, result = begin(app, 2)
+    store.objects[f'{TASK}{parts[0].id}'] = b'of a class that only another worker has'
+    finish(app, parts[1])
+    assert AsyncResult(result.id, app=app).state == 'FAILURE'
+    assert not left_behind(store, parts) - {f'{TASK}{result.id}'}
+
+
+def test_a_task_that_the_worker_does_not_know_ends_no_worker(store, app):
+    polling = make_app({'bucket': 'results', 'conditional_writes': False})
+    for number, backend in enumerate([app.backend, polling.backend]):
+        request = Bunch(name='unknown', chord=None, root_id=None, errbacks=None)
+        backend.mark_as_failure(str(number), NotRegistered('unknown'), request=request)
+        assert backend.get_state(str(number)) == 'FAILURE'
 
 
 def test_a_chord_whose_record_is_gone_fails_once(store, app):
@@ -1225,7 +1361,7 @@ def test_a_part_that_ignores_its_result_has_it_stored_once(store, app, state, ig
     finish(app, parts[1])
     assert len(bodies(app)) == (state == 'SUCCESS')
     app.backend.on_chord_part_return(Context(id='of no chord', group='g'), state, None)
-    assert not [name for name in store.names if 'of no chord' in name or name.endswith('-g')]
+    assert not [name for name in store.sent if 'of no chord' in name or name.endswith('-g')]
 
 
 def test_a_state_of_another_task_is_not_taken_for_that_of_the_part(store, app):
@@ -1273,6 +1409,7 @@ def values(app):
     pair = group(add(1), add(2), app=app)
     nested = add(1) | group(add(1) | pair, add(5), app=app)
     inner = chord([add(1), add(2)], total(), app=app)
+    after = chord([total(), total()], total(), app=app)  # it takes what another chord gives
     return {
         'one part': (chord([add(1)], total()), 1),
         'no part': (chord([], total()), 0),
@@ -1285,6 +1422,12 @@ def values(app):
         'group | task | group | task': (pair | total() | pair | total(), 9),
         'a part that is retried': (chord([retried(1), add(2)], total()), 3),
         'a part replaced by a group': (chord([replaced('add'), add(3)], total()), 6),
+        'a chord in a group in a chain': (chord([add(1) | group(inner)], total()), 5),
+        'beside a task': (chord([add(1) | group(add(1), inner, app=app)], total()), 7),
+        'in a body': (
+            chord([chord([add(1)], group(after, total(), app=app)), add(1)], total()),
+            4,
+        ),
         'ignored': (chord([add(1), ignored(2)], total()), 3),
         'ignored, by name': (chord([add(1), app.signature('ignored', [2])], total()), 3),
     }
@@ -1293,7 +1436,15 @@ def values(app):
 def errors(app):
     add, fail, replaced, total = (app.tasks[name].s for name in 'add fail replaced total'.split())
     broken = chord([add(1), fail()], total(), app=app)
-    grouped = chord([fail()], group(total(), total(), app=app), app=app)
+    after = chord([total(), total()], total(), app=app)
+    bodies = {
+        'a group': group(total(), total(), app=app),
+        'a chain in a group': group(total(), total() | add(1), app=app),
+        'a chain alone in a group': group(total() | add(1), app=app),
+        'a chord in a group': group(after, total(), app=app),
+        'a chord': after,
+        'a chain': total() | add(1),
+    }
     ignored = fail().set(ignore_result=True)
     nested = group(add(1) | group(add(1), fail(), app=app), add(1), app=app)
     return {
@@ -1303,24 +1454,31 @@ def errors(app):
         'an inner chord, first': chord([broken, add(1)], total()),
         'an inner chord, last': chord([add(1), broken], total()),
         'three deep': chord([chord([broken, add(1)], total()), add(1)], total()),
-        **({} if celery_version < '5.7' else {'a group': chord([add(1), grouped], total())}),
+        **{
+            f'an inner chord whose body is {name}': chord([add(1), chord([fail()], body)], total())
+            for name, body in bodies.items()
+        },
+        'group | group': group(fail(), add(1), app=app) | bodies['a chain in a group'],
         'replaced by a group that fails': chord([replaced('fail'), add(1)], total()),
         'ignored': chord([ignored, add(1)], total()),
         'ignored, in a chain': chord([ignored | add(1).set(ignore_result=True)], total()),
     }
 
 
-def test_chords_of_every_shape_give_their_value(store_in_real_time, working_app):
+@pytest.mark.real_time
+def test_chords_of_every_shape_give_their_value(store, working_app):
     for shape, (signature, value) in values(working_app).items():
         assert (shape, fetch(signature.apply_async())) == (shape, value)
 
 
-def test_chords_of_every_shape_give_their_error(store_in_real_time, working_app):
+@pytest.mark.real_time
+def test_chords_of_every_shape_give_their_error(store, working_app):
     for shape, signature in errors(working_app).items():
-        result = signature.apply_async()  # whose get() would raise the error of a parent
-        meta = working_app.backend.wait_for(result.id, timeout=20, interval=0.01)
-        assert (shape, meta['status']) == (shape, 'FAILURE')
-        assert 'boom' in str(meta['result'])
+        # A result's own get() would raise the error of a parent.
+        for task in celery_s3.find_tasks([signature.apply_async()]):
+            meta = working_app.backend.wait_for(task.id, timeout=20, interval=0.01)
+            assert (shape, meta['status']) == (shape, 'FAILURE')
+            assert 'boom' in str(meta['result'])
 
 
 # The store's contract, live where CELERY_S3_TEST_URL names a bucket
@@ -1330,7 +1488,7 @@ def test_chords_of_every_shape_give_their_error(store_in_real_time, working_app)
 def live(request, monkeypatch):
     """The settings of a folder of its own in the live bucket, or in the stub."""
     if not LIVE_URL:
-        request.getfixturevalue('store_in_real_time')
+        request.getfixturevalue('store')
         yield {'bucket': 'results'}
         return
     monkeypatch.undo()
@@ -1338,9 +1496,9 @@ def live(request, monkeypatch):
         monkeypatch.setenv(name, value)
     url, send, keys = urlsplit(LIVE_URL), Bucket._send, set()
 
-    def note(bucket, method, key, *args):
+    def note(bucket, method, key, *args, **kwargs):
         keys.add(key)
-        return send(bucket, method, key, *args)
+        return send(bucket, method, key, *args, **kwargs)
 
     monkeypatch.setattr(Bucket, '_send', note)
     folder = f'{url.path}/celery-s3-test-{uuid.uuid4().hex}'
@@ -1351,6 +1509,7 @@ def live(request, monkeypatch):
         Bucket(**settings).delete(key)
 
 
+@pytest.mark.real_time
 def test_store_keeps_bytes_and_odd_keys(live):
     bucket = Bucket(**live)
     for value in b'', b'\x00\xff', os.urandom(3_000_000):
@@ -1364,6 +1523,7 @@ def test_store_keeps_bytes_and_odd_keys(live):
     assert [bucket.get(TASK + task_id)[0].decode() for task_id in ODD_IDS] == ODD_IDS
 
 
+@pytest.mark.real_time
 def test_store_never_overwrites_a_success(live):
     backends = [make_app(live).backend for _ in range(8)]
     with ThreadPoolExecutor(8) as threads:
@@ -1375,6 +1535,7 @@ def test_store_never_overwrites_a_success(live):
     assert backends[1].get_state('other') == 'SUCCESS'
 
 
+@pytest.mark.real_time
 def test_store_runs_chords(live):
     memory.Channel.queues.clear()
     app = make_app(live)
@@ -1385,6 +1546,7 @@ def test_store_runs_chords(live):
 
 
 @pytest.mark.skipif(not LIVE_URL, reason='CELERY_S3_TEST_URL is not set')
+@pytest.mark.real_time
 def test_store_refuses_a_wrong_secret(live):
     keys = {'aws_access_key_id': os.environ['AWS_ACCESS_KEY_ID'], 'aws_secret_access_key': 'x'}
     try:
@@ -1394,6 +1556,7 @@ def test_store_refuses_a_wrong_secret(live):
         assert error.response['Error']['Code'] == 'SignatureDoesNotMatch'
 
 
+@pytest.mark.real_time
 def test_store_tells_an_absent_bucket_from_an_absent_key(live):
     absent = f'celery-s3-absent-{uuid.uuid4().hex}'
     with pytest.raises(ClientError, match=f'NoSuchBucket.*s3://{absent}/'):
