@@ -34,7 +34,8 @@ from botocore.exceptions import ClientError, ConnectionClosedError
 from celery import Celery, chord, group
 from celery.app.task import Context
 from celery.contrib.testing.worker import start_worker
-from celery.exceptions import BackendStoreError, ChordError, ImproperlyConfigured, NotRegistered
+from celery.exceptions import BackendStoreError, ChordError, Ignore, ImproperlyConfigured
+from celery.exceptions import NotRegistered
 from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult, GroupResult
 from celery.utils.objects import Bunch
@@ -447,9 +448,10 @@ def test_base_path_names_a_folder(store, base_path):
     assert list(store.objects) == ['box/key']
 
 
-ODD_IDS = [
+EMPTY_SEGMENTS = ['a//b', '/lead', 'trail/']  # SeaweedFS and MinIO do not keep these
+ODD_IDS = EMPTY_SEGMENTS + [
     'a b', 'a+b', '100%', 'a%2Fb', 'a?acl', 'a#b', 'a&b=c', '"quoted"', "it's", '<tag>', 'é', '☃',
-    '𝄞', 'a//b', '/lead', 'trail/', 'back\\slash', '~', 'a;b,c:d@e!f$g*h(i)', '...', 'a..b', '.x',
+    '𝄞', 'back\\slash', '~', 'a;b,c:d@e!f$g*h(i)', '...', 'a..b', '.x',
 ]  # fmt: skip
 
 
@@ -533,19 +535,6 @@ def test_credentials_are_looked_up_by_one_thread_at_a_time(store, backend, monke
 # Bucket: the verbs
 
 
-def test_put_get_and_delete_are_one_request_each(store):
-    bucket = make_bucket()
-    bucket.put('key', b'\x80bytes')
-    bucket.put('key', b'other')
-    assert bucket.get('key') == (b'other', store.etag('key'))
-    bucket.delete('key')
-    assert bucket.get('key') == (None, None)
-    store.fail_next('DELETE', refused(404, 'NoSuchKey'))  # as some stores answer
-    bucket.delete('key')
-    methods = [name.split()[0] for name in store.take_requests()]
-    assert methods == ['PUT', 'PUT', 'GET', 'DELETE', 'GET', 'DELETE']
-
-
 def test_the_headers_go_with_every_put_and_nothing_else(store):
     bucket = make_bucket(headers={'x-amz-tagging': 'a=b'})
     bucket.put('key', b'')
@@ -555,16 +544,6 @@ def test_the_headers_go_with_every_put_and_nothing_else(store):
     bucket.delete('key')
     carried = [to_str(call.headers.get('x-amz-tagging')) for call in store.sent]
     assert carried == ['a=b', 'a=b', 'a=b', None, None]
-
-
-def test_put_if_none_is_there(store):
-    bucket = make_bucket()
-    assert bucket.put_if('key', b'mine', None) == (b'mine', store.etag('key'))
-    assert store.sent[-1].headers['If-None-Match'] == '*'
-    store.take_requests()
-    assert bucket.put_if('key', b'late', None) == (b'mine', store.etag('key'))
-    assert store.take_requests() == ['PUT key', 'GET key']
-    assert bucket.put_if('gone', b'x', 'abc') == (None, None)
 
 
 @pytest.mark.parametrize('forms', [('quoted', 'bare'), ('quoted',), ('bare',)])
@@ -580,8 +559,10 @@ def test_put_if_the_etag_is_this_in_whatever_form_the_store_wants_it(store, form
     assert len(store.take_requests()) == (2 if forms == ('bare',) else 1)
     bucket.put_if('key', b'3', new)
     assert store.take_requests() == ['PUT key']  # only the form that has succeeded
-    assert bucket.put_if('key', b'4', etag) == (b'3', store.etag('key'))
-    assert store.take_requests() == ['PUT key', 'GET key']
+    for outdated in etag, None:
+        assert bucket.put_if('key', b'4', outdated) == (b'3', store.etag('key'))
+        assert store.take_requests() == ['PUT key', 'GET key']
+    assert bucket.put_if('gone', b'x', 'abc') == (None, None)
 
 
 @pytest.mark.parametrize('etag', [None, 'abc'])
@@ -640,16 +621,12 @@ def test_aws_max_attempts_says_how_often_to_try(store, clock, monkeypatch, given
     assert clock.slept == pytest.approx(jittered[: attempts - 1])
 
 
-class Interruption(Exception):
-    """Such as Celery's SoftTimeLimitExceeded, which a signal raises anywhere."""
-
-
 def test_what_strikes_inside_a_request_is_not_wrapped_and_ends_it(wire, monkeypatch):
     def send(http, request):
-        raise exceptions.HTTPClientError(error=Interruption('now'))  # as URLLib3Session does
+        raise exceptions.HTTPClientError(error=Ignore('now'))  # as URLLib3Session does
 
     monkeypatch.setattr(botocore.httpsession.URLLib3Session, 'send', send)
-    with pytest.raises(Interruption, match='now'):
+    with pytest.raises(Ignore, match='now'):
         make_bucket().put('key', b'x')
 
 
@@ -801,6 +778,7 @@ def test_no_secret_shows(store):
 
 def test_making_a_backend_sends_nothing_and_imports_no_boto3(wire, backend):
     assert not wire.calls
+    assert backend.thread_safe  # else Celery makes one for each thread
     program = 'import celery_s3, sys; sys.exit("boto3" in sys.modules)'
     folder = os.path.dirname(celery_s3.__file__)
     assert subprocess.run([sys.executable, '-c', program], cwd=folder).returncode == 0
@@ -813,9 +791,14 @@ def test_making_a_backend_sends_nothing_and_imports_no_boto3(wire, backend):
 def test_values_come_back_as_bytes(store, backend, value):
     backend.set(b'key', value)
     assert backend.get(b'key') == (value.encode() if isinstance(value, str) else value)
+    backend.set('key', b'other')
+    assert backend.bucket.get('key') == (b'other', store.etag('key'))
     backend.delete(b'key')
-    assert backend.get('key') is None
-    assert store.take_requests() == ['PUT key', 'GET key', 'DELETE key', 'GET key']
+    assert backend.bucket.get('key') == (None, None)
+    store.fail_next('DELETE', refused(404, 'NoSuchKey'))  # as some stores answer
+    backend.delete('key')
+    methods = [request.split()[0] for request in store.take_requests()]
+    assert methods == ['PUT', 'GET', 'PUT', 'GET', 'DELETE', 'GET', 'DELETE']
 
 
 @pytest.mark.skipif(not hasattr(S3Backend, 'prepare_compression'), reason='Celery 5.7')
@@ -834,15 +817,6 @@ def test_poll_fetch_and_forget_cost_one_request_each(store, app):
     result.forget()
     assert store.take_requests() == [f'GET {TASK}id', f'GET {TASK}id', f'DELETE {TASK}id']
     assert store.objects == {}
-
-
-def test_thirty_two_threads_share_one_backend(store, app):
-    assert app.backend.thread_safe
-    with ThreadPoolExecutor(32) as threads:
-        list(threads.map(lambda n: app.backend.store_result(str(n), n, 'SUCCESS'), range(96)))
-        results = list(threads.map(lambda n: app.backend.get_result(str(n)), range(96)))
-        assert len(set(threads.map(lambda _: id(app.backend), range(32)))) == 1
-    assert results == list(range(96))
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
@@ -1018,18 +992,10 @@ def test_a_join_asks_for_up_to_max_connections_at_a_time(store):
     assert results_of(app, *map(str, numbers)).get() == list(numbers)
 
 
-def test_a_large_join_has_one_pool_of_threads(store, app, monkeypatch):
-    start, started = threading.Thread.start, []
-    monkeypatch.setattr(threading.Thread, 'start', lambda t: started.append(t) or start(t))
-    numbers = range(300)
-    for number in numbers:
-        store.finish(str(number), number)
-    assert results_of(app, *map(str, numbers)).get() == list(numbers)
-    assert 50 <= len(started) <= 55  # with those that look after the pool
-
-
-@pytest.mark.parametrize('limit', [0, 5])
-def test_a_join_needs_no_threads_where_none_can_start_any_more(store, app, monkeypatch, limit):
+@pytest.mark.parametrize('limit', [0, 5, 99])
+def test_a_join_has_one_pool_of_threads_or_none_if_they_cannot_start(
+    store, app, monkeypatch, limit
+):
     start, started = threading.Thread.start, []
 
     def start_some(thread):
@@ -1039,9 +1005,11 @@ def test_a_join_needs_no_threads_where_none_can_start_any_more(store, app, monke
         start(thread)
 
     monkeypatch.setattr(threading.Thread, 'start', start_some)
-    for number in range(9):
+    numbers = range(300)
+    for number in numbers:
         store.finish(str(number), number)
-    assert results_of(app, *map(str, range(9))).get() == list(range(9))
+    assert results_of(app, *map(str, numbers)).get() == list(numbers)
+    assert limit < 50 or 50 <= len(started) <= 55  # with those that look after the pool
 
 
 def test_an_interrupted_join_waits_for_no_request(store, app):
@@ -1104,16 +1072,6 @@ def test_on_interval_is_called_after_each_pause_before_the_next_look(store, app,
     clock.at(1.2, store.finish, 'id', 42)
     app.backend.wait_for('id', on_interval=lambda: seen.append((clock.now, len(store.sent))))
     assert seen == [(0.5, 1), (1.0, 2), (1.5, 3)]
-
-
-def test_a_parents_own_exception_comes_before_the_error_that_follows_from_it(store, app, clock):
-    def fail():
-        app.backend.store_result('parent', ValueError('boom'), 'FAILURE')
-        app.backend.store_result('id', ChordError('follows'), 'FAILURE')
-
-    clock.at(3, fail)
-    with pytest.raises(ValueError, match='boom'):
-        AsyncResult('id', app=app, parent=AsyncResult('parent', app=app)).get()
 
 
 def test_on_message_max_iterations_and_the_cache_are_as_in_celery(store, clock):
@@ -1203,22 +1161,18 @@ def test_parts_that_end_in_any_order_cost_at_most_five_requests_each(
     assert not left_behind(store, parts)
 
 
-class Death(BaseException):
-    """A worker is killed."""
-
-
 @pytest.mark.parametrize('at', range(9))
 def test_a_part_whose_worker_dies_at_any_request_goes_on_when_it_comes_again(store, app, at):
     def die(sent):
         if len(store.sent) == at:
             store.gate = None
-            raise Death
+            raise KeyboardInterrupt  # nothing else runs, as in a process that is killed
 
     parts, result = begin(app, 2)
     finish(app, parts[0])
     store.take_requests()
     store.gate = die
-    with contextlib.suppress(Death):
+    with contextlib.suppress(KeyboardInterrupt):
         finish(app, parts[1])
     assert (store.gate is None) == (at < 8)  # its result, note, group, two results, claim, DELETEs
     store.gate = None
@@ -1373,7 +1327,6 @@ def errors(app):
         'in groups in chains in groups': chord([add(1) | nested], total()),
         'an inner chord, first': chord([broken, add(1)], total()),
         'an inner chord, last': chord([add(1), broken], total()),
-        'three deep': chord([chord([broken, add(1)], total()), add(1)], total()),
         **{
             f'an inner chord whose body is {name}': chord([add(1), chord([fail()], body)], total())
             for name, body in bodies.items()
@@ -1438,9 +1391,10 @@ def test_store_keeps_bytes_and_odd_keys(live):
     bucket.delete('key')
     bucket.delete('key')
     assert bucket.get('key') == (None, None)
-    for task_id in ODD_IDS:
+    ids = [task_id for task_id in ODD_IDS if task_id not in EMPTY_SEGMENTS]
+    for task_id in ids:
         bucket.put(TASK + task_id, task_id.encode())
-    assert [bucket.get(TASK + task_id)[0].decode() for task_id in ODD_IDS] == ODD_IDS
+    assert [bucket.get(TASK + task_id)[0].decode() for task_id in ids] == ids
 
 
 @pytest.mark.real_time
