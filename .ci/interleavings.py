@@ -8,34 +8,29 @@ order has been run; of orders that differ in steps that commute (on different ke
 it ends one ('sleep sets'). Where a scenario says so, the answer to a write is lost after it took
 effect, or a worker dies and its message comes again, at each place in turn. A sleep outlasts what
 the others do. In the end the body was sent once with the right values, or has the right error, and
-nothing but results is left (records may be, after a death or a second start).
-
-There is a line for each search. A schedule that ends wrong is printed, and the exit is 1: each
-line is what one delivery did, in this order; the last lines say what is wrong.
+nothing but results is left (records may be, after a death or a second start). If not, the exit is
+1, after a line for each step and what is wrong.
 """
 
 import argparse
 import json
 import logging
 import os
+import random
 import sys
 import threading
 import time
 from collections import namedtuple
 from copy import copy
-from functools import partial
-from hashlib import md5
-from types import SimpleNamespace
 
 from botocore.exceptions import ConnectionClosedError
 from celery import Celery, chord
 from celery.app.task import Context
-from kombu.utils.functional import LRUCache
 
 sys.path.insert(0, os.getcwd())
 import celery_s3
 
-# A letter is a part, as often as it is delivered. The fate befalls one step.
+# Each letter is a part, as often as it is delivered. The fate befalls one step.
 FIELDS = 'name parts fate failing starts is_silent'
 Scenario = namedtuple('Scenario', FIELDS, defaults=('', '', 1, False))
 SCENARIOS = [
@@ -52,6 +47,7 @@ SCENARIOS = [
 ]
 SEARCHES = {'as listed': lambda ids, size: ids[:], 'reversed': lambda ids, size: ids[::-1]}
 Choice = namedtuple('Choice', 'name fate key is_read')
+BUCKET = celery_s3.Bucket('b')
 
 
 class Died(BaseException):
@@ -67,36 +63,50 @@ class App(Celery):
         me.schedule.bodies += [list(args)] if task_id == 'body' else []
         message = json.dumps([task_id, options.get('group_id'), options.get('chord')])
         for number in range(me.schedule.scenario.parts.count(task_id) or 1):
-            me.schedule.begin(f'{task_id}{number + 1} from {me.name}', work_on, message)
+            me.schedule.begin(f'{task_id}{number + 1} from {me.name}', message)
         return self.AsyncResult(task_id)
 
 
 class Delivery(threading.Thread):
-    """A message in a worker of its own; it stops before each step until it is told to go on."""
+    """A worker of its own, with a message or, without one, for the start of the chord."""
 
-    def __init__(self, schedule, name, work):
+    def __init__(self, schedule, name, message):
         super().__init__(name=name, daemon=True)
-        self.schedule, self.work, self.backend = schedule, work, celery_s3.S3Backend(APP)
-        self.step, self.fate = '', ''
+        self.schedule, self.message, self.fate = schedule, message, ''
+        self.backend = celery_s3.S3Backend(APP)
         self.may_go, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self):
         try:
-            function, *args = self.work
-            function(self.schedule.scenario, *args)
+            self.work() if self.message else self.start_chord()
         except Died:
             pass
         except Exception as error:
-            self.schedule.wrong.append(f'{self.name} raised {error!r}')
+            self.schedule.errors.append(f'WRONG: {self.name} raised {error!r}')
         self.step = ''
         self.has_stopped.release()
+
+    def start_chord(self):
+        ids = sorted(set(self.schedule.scenario.parts))
+        parts = [APP.signature('part', options={'task_id': task_id}) for task_id in ids]
+        whole = chord(parts, APP.signature('body'), app=APP).set(task_id='header')
+        whole.apply_async(task_id='body')
+
+    def work(self):
+        task_id, group_id, body = json.loads(self.message)
+        request = Context(id=task_id, group=group_id, chord=body)
+        if task_id == self.schedule.scenario.failing:
+            self.backend.mark_as_failure(task_id, ValueError('boom'), request=request)
+        elif task_id != 'body' or not self.schedule.scenario.is_silent:
+            self.backend.mark_as_done(task_id, f'result of {task_id}', request)
+        self.stop_before('acknowledges its message')
 
     def stop_before(self, step, key=None, fates=('goes on', 'dies')):
         if self.fate != 'dies':  # else a block 'finally' is here, but the dead send nothing
             self.step, self.key, self.fates = step, key or self.name, fates
             self.has_stopped.release()
             self.may_go.acquire()
-        self.schedule.lines.append(f'{self.name}: {self.fate}: {step}')
+            self.schedule.lines.append(f'{self.name} {self.fate}: {step}')
         if self.fate == 'dies':
             raise Died
 
@@ -106,37 +116,34 @@ class Delivery(threading.Thread):
         self.has_stopped.acquire()
 
 
-def copy_bucket(bucket):
+def make_bucket():
     """Stands in for Bucket(), which takes 20 ms; this one knows as little as a new one."""
-    bucket = copy(bucket)
-    bucket.etags = LRUCache(limit=99)
+    bucket = copy(BUCKET)
+    bucket.etags = copy(BUCKET.etags)
     return bucket
 
 
 def send_once(bucket, request, operation, refusals, **kwargs):
     """Stands in for Bucket._send_once(), and answers as AWS does."""
     me, key = threading.current_thread(), request.url.rpartition('/')[2]
-    is_read, is_new = request.method == 'GET', 'If-None-Match' in request.headers
-    match = request.headers.get('If-Match', '').strip('"')
+    condition = request.headers.get('If-Match') or request.headers.get('If-None-Match')
     # To lose a read's answer is to read later; to die before it, to die after the last write.
-    fates = ('goes on',) if is_read else ('goes on', 'is lost', 'dies')
-    me.stop_before(f'{request.method} {key} {"if new" if is_new else match[:5]}', key, fates)
+    fates = ('goes on',) if request.method == 'GET' else ('goes on', 'is lost', 'dies')
+    me.stop_before(f'{request.method} {key} {condition}', key, fates)
     value = me.schedule.objects.get(key)
-    etag = value and md5(value).hexdigest()
-    is_missing = value is None and (is_read or match)
-    if is_missing or (value is not None and (is_new or match not in ('', etag))):
-        assert ('NoSuchKey' if is_missing else 412) in refusals
-        value = etag = None
+    there = f'"{hash(value)}"' if value else '*'
+    if condition not in (None, there):
+        assert (412 if value else 'NoSuchKey') in refusals
+        value = None
     elif request.method == 'PUT':
-        value, etag = request.data, md5(request.data).hexdigest()
-        me.schedule.objects[key] = value
+        value = me.schedule.objects[key] = request.data
         me.schedule.puts.append((key, value.decode()))
     elif request.method == 'DELETE':
         me.schedule.objects.pop(key, None)
-    me.schedule.lines[-1] += f' -> {str(etag)[:5]} {str(value)[:60]}'
+    me.schedule.lines[-1] += f' -> {value}'
     if me.fate == 'is lost':
         raise ConnectionClosedError(endpoint_url=request.url)
-    return value, etag
+    return value, value and str(hash(value))
 
 
 def sleep(seconds):
@@ -146,54 +153,38 @@ def sleep(seconds):
         threading.current_thread().stop_before('wakes', fates=('goes on',))
 
 
-def start_chord(scenario):
-    ids = sorted(set(scenario.parts))
-    parts = [APP.signature('part', options={'task_id': task_id}) for task_id in ids]
-    whole = chord(parts, APP.signature('body'), app=APP).set(task_id='header')
-    whole.apply_async(task_id='body')
-
-
-def work_on(scenario, message):
-    task_id, group_id, body = json.loads(message)
-    request = Context(id=task_id, group=group_id, chord=body)
-    if task_id == scenario.failing:
-        APP.backend.mark_as_failure(task_id, ValueError('boom'), request=request)
-    elif task_id != 'body' or not scenario.is_silent:
-        APP.backend.mark_as_done(task_id, f'result of {task_id}', request)
-    threading.current_thread().stop_before('acknowledges its message')
-
-
 class Schedule:
     """One run of a scenario: its chord has been started, and its parts have been sent."""
 
     def __init__(self, scenario):
         self.scenario, self.fate = scenario, scenario.fate
         self.objects, self.deliveries = {}, {}
-        self.bodies, self.puts, self.lines, self.wrong = [], [], [], []
-        self.begin('start', start_chord)
+        self.bodies, self.puts, self.lines, self.errors = [], [], [], []
+        self.begin('start')
         while self.deliveries['start'].step:
             self.deliveries['start'].go_on('goes on')
         if scenario.starts == 2:
-            self.begin('second start', start_chord)
+            self.begin('second start')
 
-    def begin(self, name, *work):
-        self.deliveries[name] = Delivery(self, name, work)
+    def begin(self, name, message=None):
+        self.deliveries[name] = Delivery(self, name, message)
         self.deliveries[name].start()
         self.deliveries[name].has_stopped.acquire()
 
     def find_choices(self):
         stopped = [one for one in self.deliveries.values() if one.step]
-        awake = [one for one in stopped if one.step != 'wakes']
-        if not awake:
-            awake = stopped
+        if all(one.step == 'wakes' for one in stopped):
             for one in stopped:
                 one.step = 'has woken'
         choices = []
-        for one in awake:
-            for fate in {'goes on', self.fate}.intersection(one.fates):
-                key = one.name if fate == 'dies' else one.key
-                choices.append(Choice(one.name, fate, key, is_read=one.fates == ('goes on',)))
-        return sorted(choices, key=lambda choice: choice.fate != 'goes on')
+        for one in stopped:
+            fates = [fate for fate in ('goes on', self.fate) if fate in one.fates]
+            found = [Choice(one.name, fate, one.key, len(one.fates) == 1) for fate in fates]
+            if one.step != 'wakes':
+                choices += found
+                if one.key == one.name and len(found) == 1:
+                    return found  # it commutes with all that may follow: no other order matters
+        return choices
 
     def take(self, choice):
         one = self.deliveries[choice.name]
@@ -201,27 +192,27 @@ class Schedule:
         if choice.fate != 'goes on':
             self.fate = ''
         if choice.fate == 'dies':
-            self.begin(f'{one.name}, again', *one.work)
+            self.begin(f'{one.name}, again', one.message)
 
     def find_wrong(self):
-        scenario = self.scenario
+        yield from self.errors
+        scenario, lines = self.scenario, '\n'.join(self.lines)
         stored = [value for key, value in self.puts if key == 'celery-task-meta-body']
         right = 'boom' if scenario.failing else '"result of body"'
-        if len(stored) != (not scenario.is_silent) or any(right not in one for one in stored):
-            self.wrong.append(f'stored for the body: {stored}')
+        if [right in value for value in stored] != [True] * (not scenario.is_silent):
+            yield f'WRONG: stored for the body: {stored}'
         counts = [0] if scenario.failing else range(1, scenario.starts + 1)
         # The one case in which it may be sent twice: nothing tells that the dead one has sent it.
-        if scenario.is_silent and 'dies: DELETE celery-taskset' in str(self.lines):
+        if scenario.is_silent and 'dies: DELETE celery-taskset' in lines:
             counts = [2]
         values = [f'result of {task_id}' for task_id in sorted(set(scenario.parts))]
         if len(self.bodies) not in counts or any(args != [values] for args in self.bodies):
-            self.wrong.append(f'sent to the body: {self.bodies}')
+            yield f'WRONG: sent to the body: {self.bodies}'
         left = {key for key in self.objects if not key.startswith('celery-task-meta-')}
-        if scenario.starts == 2 or 'dies: ' in str(self.lines):
+        if scenario.starts == 2 or 'dies: ' in lines:
             left -= {'celery-taskset-meta-header', 'chord-unlock-header'}
         if left:
-            self.wrong.append(f'left behind: {left}')
-        return self.wrong
+            yield f'WRONG: left behind: {left}'
 
 
 def commute(choice, other):
@@ -249,15 +240,15 @@ def follow(path, schedule):
 
 
 def explore(scenario, deadline):
-    """Run schedules until none is left, one ends wrong or time is up: how many, and which."""
+    """Run schedules until none is left or time is up: how many, and which."""
     path, ran = [], 0
     while time.monotonic() < deadline:
         schedule = Schedule(scenario)
         is_new = follow(path, schedule)
+        wrong = is_new and list(schedule.find_wrong())
+        if wrong:
+            sys.exit('\n'.join(schedule.lines + wrong))
         ran += is_new
-        if is_new and schedule.find_wrong():
-            print(*schedule.lines, *schedule.wrong, sep='\n')
-            return ran, 'wrong'
         for one in schedule.deliveries.values():
             if one.step:
                 one.go_on('dies')
@@ -277,18 +268,15 @@ def main():
     if hasattr(os, 'sched_setaffinity'):  # threads wake each other much faster on one CPU
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     logging.disable()
-    celery_s3.Bucket._send_once = send_once
-    celery_s3.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
-    celery_s3.Bucket = partial(copy_bucket, celery_s3.Bucket('b'))
+    celery_s3.Bucket._send_once, celery_s3.Bucket = send_once, make_bucket
+    time.sleep, random.uniform = sleep, lambda a, b: 0
     runs = [(scenario, search) for scenario in SCENARIOS for search in SEARCHES]
     for number, (scenario, search) in enumerate(runs):
-        celery_s3.random = SimpleNamespace(sample=SEARCHES[search], uniform=lambda a, b: 0)
+        random.sample = SEARCHES[search]
         began = time.monotonic()
         ran, end = explore(scenario, began + (deadline - began) / (len(runs) - number))
         seconds = time.monotonic() - began
         print(f'{scenario.name:45} {search:9} {ran:6} {end:8} {seconds:6.1f} s', flush=True)
-        if end == 'wrong':
-            sys.exit(1)
 
 
 APP = App(broker='memory://', set_as_current=False)
