@@ -32,9 +32,9 @@ __version__ = '2.0.0'
 backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # as in celery-s3 1.x
 logger = logging.getLogger(__name__)
 
-CELERYS_INTERVAL = 0.5  # seconds; get() passes it on when its caller gives no interval
-FIRST_PAUSE = 0.5  # seconds between the first two looks at a task
-LONGEST_PAUSE = 30  # seconds between any two
+NO_INTERVAL = 0.5  # seconds; what Celery's get() passes where its caller gives no interval
+FIRST_PAUSE = 0.5  # seconds between two looks, at first and after something became ready
+LONGEST_PAUSE = 30  # seconds between two looks
 LONGEST_SENDING = 30  # seconds; a live worker takes less to send the body of a chord
 # HTTP statuses, and codes of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 TRANSIENT = {409, 429, 500, 502, 503, 504, 'RequestTimeout', 'Throttling'}  # 409: others write
@@ -51,7 +51,7 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, LOST) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)  # it would show secrets
 class Bucket:
     """A folder of an S3 bucket, for the threads of one process; its parameters are the settings.
 
@@ -67,8 +67,8 @@ class Bucket:
     aws_session_token: str = ''
     endpoint_url: str = ''
     headers: dict = field(default_factory=dict)  # sent with each PUT
-    conditional_writes: bool = True
-    denied_is_missing: bool = False
+    conditional_writes: bool = True  # else Celery reads before it writes, and chords poll
+    denied_is_missing: bool = False  # without s3:ListBucket, S3 answers 403 for a missing key
     max_connections: int = 50
 
     def __post_init__(self):
@@ -91,12 +91,12 @@ class Bucket:
         self.uri = f's3://{self.bucket}/{self._prefix}'
         self.etags = LRUCache(limit=10_000)  # by key, for callers of put_if()
         self._etag_forms = ['"{}"', '{}']  # AWS takes both, R2 the first one, Ceph 16 the other
-        self._lock = threading.Lock()  # two threads must not look up a session's credentials
+        self._lock = threading.Lock()  # one thread at a time may look up a session's credentials
         self._session = session.Session(profile=self.aws_profile or None)
         if self.aws_access_key_id:
             self._session.set_credentials(*keys, self.aws_session_token)
         config = self._session.get_config_variable
-        self._attempts = config('max_attempts') or 5  # AWS_MAX_ATTEMPTS
+        self._attempts = config('max_attempts') or 5  # AWS_MAX_ATTEMPTS, the first one included
         self._region = self.aws_region or config('region') or 'us-east-1'
         self._session.set_config_variable('region', self._region)  # STS is asked there, too
         self._root = self._find_root(config)
@@ -155,7 +155,7 @@ class Bucket:
         fips = '-fips' if config('use_fips_endpoint') else ''
         dual_stack = '.dualstack' if config('use_dualstack_endpoint') else ''
         host = f's3{fips}{dual_stack}.{self._region}.{partition["outputs"]["dnsSuffix"]}'
-        is_label = utils.check_dns_name(self.bucket)
+        is_label = utils.check_dns_name(self.bucket)  # S3's certificate is for names without dots
         return f'https://{self.bucket}.{host}/' if is_label else f'https://{host}/{self.bucket}/'
 
     # Signing, and failures
@@ -163,12 +163,12 @@ class Bucket:
         """The object's bytes and etag, or None and None if S3 answers with one of the refusals."""
         path = self._prefix + key
         if UNSAFE.search(path):
-            raise ValueError(f'{path!r} has dots or control characters that are not safe in a key')
+            raise ValueError(f"{path!r} has '.', '..' or control characters, not safe in a key")
         url = self._root + utils.percent_encode(path, safe='/-._~')
         operation = f'{method} {self.uri}{key}'
         for attempt in count(1):
             try:
-                request = awsrequest.AWSRequest(method, url, put_headers, body)
+                request = awsrequest.AWSRequest(method, url, put_headers, body)  # dated anew
                 return self._send_once(request, operation, refusals)
             except (exceptions.ClientError, *LOST) as error:
                 if attempt >= self._attempts or not is_transient(error):
@@ -180,12 +180,12 @@ class Bucket:
     def _send_once(self, request, operation, refusals):
         with self._lock:
             credentials = self._session.get_credentials()
-        frozen = credentials and credentials.get_frozen_credentials()
+        frozen = credentials and credentials.get_frozen_credentials()  # None: add_auth() raises
         auth.S3SigV4Auth(frozen, 's3', self._region).add_auth(request)
         try:
             answer = self._http.send(request.prepare())
         except exceptions.HTTPClientError as error:
-            # botocore wraps whatever strikes in send(), a task's soft time limit as well.
+            # botocore wraps every exception inside send(), a task's soft time limit as well.
             raise (error if isinstance(error, LOST) else error.kwargs['error']) from None
         status, headers, content = answer.status_code, answer.headers, answer.content
         if len(content) != int(headers.get('content-length', len(content))):
@@ -207,7 +207,7 @@ class S3Backend(KeyValueStoreBackend):
     """Celery's results, groups and chords in a `Bucket`. Celery calls all that is not 'Ours'."""
 
     supports_result_compression = True  # the setting result_compression takes effect
-    key_t = bytes_to_str  # keys are str
+    key_t = bytes_to_str  # keys are str (Celery unbinds this)
     exception_safe_to_retry = staticmethod(is_transient)  # for result_backend_always_retry
 
     def __init__(self, app, *args, **kwargs):
@@ -221,7 +221,7 @@ class S3Backend(KeyValueStoreBackend):
         except (AttributeError, TypeError, ValueError, exceptions.BotoCoreError) as error:
             known = f'a dict of {", ".join(Bucket.__annotations__)}'
             raise ImproperlyConfigured(f'CELERY_S3_BACKEND_SETTINGS, {known}: {error}') from error
-        super().__init__(app, *args, **kwargs)  # after the bucket: it asks for implements_incr
+        super().__init__(app, *args, **kwargs)  # after the bucket: it reads implements_incr
         self.thread_safe = True  # after super(), which resets it; else each thread has a backend
 
     @property
@@ -265,21 +265,21 @@ class S3Backend(KeyValueStoreBackend):
                     yield task_id, meta
                 else:
                     pending.append(task_id)
-            size = 3 * size
+            size = 3 * len(batch)
         ids.extend(pending)
 
     # Storing: a state in one PUT that cannot replace a SUCCESS.
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        if getattr(request, 'id', None) == task_id:  # of an unknown task, the request has no id
-            request.stored = state  # for on_chord_part_return(), which stores what is not
+        if getattr(request, 'id', None) == task_id:  # a task may store another's state, with its
+            request.stored = state  # own request; of an unknown task, the request has no id
         if not self.bucket.conditional_writes:
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         meta = self._get_result_meta(result, state, traceback, request)
         value = ensure_bytes(self.encode(meta | {'task_id': bytes_to_str(task_id)}))
         key = self.get_key_for_task(task_id)
         etag = self.bucket.etags.data.get(key)  # LRUCache.get() fails when another thread evicts
-        for _ in range(20):  # more often, others would have to write it between our two requests
+        for _ in range(20):  # each time, others have written it between our two requests
             found, etag = self.bucket.put_if(key, value, etag)
             if found == value and state != states.SUCCESS:
                 self.bucket.etags[key] = etag
@@ -291,44 +291,43 @@ class S3Backend(KeyValueStoreBackend):
 
     supports_native_join = True  # groups are joined by iter_native(), not task by task
 
-    def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):
+    def wait_for(self, task_id, timeout=None, interval=NO_INTERVAL, no_ack=True, on_interval=None):
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
     def iter_native(self, result, *args, **kwargs):
-        # Celery's own yields the groups at once, and then asks their tasks without a time-out.
+        # Celery's own yields the groups first; the join then asks their tasks without a time-out.
         tasks = {task.id: task for task in find_tasks(result.results)}
+        direct = {one.id for one in result.results}  # tasks, and groups
         for task_id, meta in self.get_many(tasks, *args, **kwargs):
             tasks[task_id]._maybe_set_cache(meta)  # which the task's own get() returns
-            if tasks[task_id] in result.results:
+            if task_id in direct:
                 yield task_id, meta
-        groups = [group for group in result.results if hasattr(group, 'results')]
-        yield from ((group.id, group.results) for group in groups)
+        yield from ((one.id, one.results) for one in result.results if hasattr(one, 'results'))
 
-    def get_many(self, task_ids, timeout=None, interval=0.5, no_ack=True, on_message=None,
+    def get_many(self, task_ids, timeout=None, interval=NO_INTERVAL, no_ack=True, on_message=None,
             on_interval=None, max_iterations=None, READY_STATES=states.READY_STATES):  # fmt: skip
         """Yield (task id, meta) of each task once it is ready, in whatever order they end."""
         ids = list(dict.fromkeys(map(bytes_to_str, task_ids)))
-        last_ready = time.monotonic()
-        deadline = float('inf') if timeout is None else last_ready + timeout
+        latest = time.monotonic()  # when something last became ready, or the beginning
+        deadline = float('inf') if timeout is None else latest + timeout
         pause = FIRST_PAUSE if interval is None else interval
         with self._start_threads(len(ids)) as pool:
             for _ in islice(count(), max_iterations or None):  # None: without end
                 whole = max_iterations or len(ids) == 1 or time.monotonic() >= deadline
-                size = len(ids) if whole else 2 * pause  # so Celery's own rate for a single task
+                size = len(ids) if whole else 2 * pause  # two a second, as Celery for one task
                 for task_id, meta in self._look(pool, self.get_task_meta, ids, size, READY_STATES):
-                    self._cache[task_id] = meta
+                    self._cache[task_id] = meta  # as Celery's own, where result_cache_max is set
                     if on_message is not None:
                         on_message(meta)
                     yield task_id, meta
-                    last_ready = time.monotonic()
-                now = time.monotonic()
+                    latest = time.monotonic()
                 if not ids:
                     return
-                if whole and now >= deadline:
+                if whole and time.monotonic() >= deadline:
                     raise self.TimeoutError(f'The operation timed out ({timeout})')
-                if interval in (None, CELERYS_INTERVAL):  # the caller has none of its own
-                    pause = min(max(FIRST_PAUSE, (now - last_ready) / 10), LONGEST_PAUSE)
-                time.sleep(max(0, min(pause, deadline - now)))
+                if interval in (None, NO_INTERVAL):  # the caller has none of its own
+                    pause = min(max(FIRST_PAUSE, (time.monotonic() - latest) / 10), LONGEST_PAUSE)
+                time.sleep(max(0, min(pause, deadline - time.monotonic())))
                 if on_interval:
                     on_interval()  # before the next look: a parent's own error comes first
 
@@ -336,12 +335,12 @@ class S3Backend(KeyValueStoreBackend):
 
     implements_incr = property(lambda self: self.bucket.conditional_writes)  # else Celery polls
     incr = staticmethod(lambda key: 1)  # Celery counts the ended parts up to chord_size, here 1
-    _found = {}  # Ours: a chord's group and its parts' metas, by id, while Celery joins them
+    _found = {}  # Ours: a chord's group and its parts' metas, by id, for Celery's join
 
     def _apply_chord_incr(self, header_result_args, body, **kwargs):
         group_id, results = header_result_args
         *_, last = find_tasks(results)
-        body['note'] = group_id  # each part receives this body as request.chord
+        body.options['note'] = group_id  # each part receives this body as request.chord
         # Parts mostly end in order: while the last one is awaited, the others look and leave.
         self.bucket.put_if(self.get_key_for_chord(group_id), last.id.encode(), None)
         super()._apply_chord_incr(header_result_args, body, **kwargs)
@@ -351,26 +350,26 @@ class S3Backend(KeyValueStoreBackend):
             return  # Celery asks about tasks that are in no chord, too
         if getattr(request, 'stored', None) != state:  # ignored, but the chord's body takes it
             self.store_result(request.id, result, state, request=request)
-        # Pickle loses the note of a group or a chain; the part's own group is mostly the chord's.
-        group_id = request.chord.get('note') or request.group
-        if group_id and self.implements_incr and self._go_on(request, group_id):
-            part = Context(id=request.id, group=group_id, chord=dict(request.chord, chord_size=1))
+        body = dict(request.chord, options=dict(request.chord.get('options') or {}), chord_size=1)
+        group_id = body['options'].pop('note', None)  # none where the client lets the chord poll
+        if group_id and self.implements_incr and self._go_on(request.id, group_id, body):
+            part = Context(id=request.id, group=group_id, chord=body)
             try:
                 super().on_chord_part_return(part, state, result, **kwargs)
             finally:
                 self._found = {}
 
-    def _go_on(self, request, group_id: str) -> bool:
+    def _go_on(self, part: str, group_id: str, body: dict) -> bool:
         """Ours: whether all parts have ended, and this delivery of one is to send the body.
 
-        The note is LAST, MINE awaits THAT, or MINE sends NONCE, with a line for each word; a part
-        that has ended goes on with the chord if it finds its own id there."""
+        The note is LAST, MINE awaits THAT, or MINE sends NONCE, a word a line: ids of parts, which
+        go on with the chord if they find themselves there after they have ended."""
         key = self.get_key_for_chord(group_id)
         note, etag = self.bucket.get(key)
         words = (note or b'').decode().split('\n')
-        if request.id not in words:
+        if part not in words:
             return False
-        body_id = request.chord.get('options', {}).get('task_id')
+        body_id = body['options'].get('task_id')
         # Where an earlier delivery sends the body, its worker may have died before it did.
         for seconds in (0, LONGEST_SENDING) if words[1:2] == ['sends'] else ():
             time.sleep(seconds)
@@ -386,7 +385,7 @@ class S3Backend(KeyValueStoreBackend):
             with self._start_threads(len(ids)) as pool:
                 found.update(self._look(pool, self._look_at_part, ids, 1))
             words = ['awaits', ids[-1]] if ids else ['sends', os.urandom(16).hex()]
-            note = '\n'.join([request.id, *words]).encode()
+            note = '\n'.join([part, *words]).encode()
             there, etag = self.bucket.put_if(key, note, etag)
             if there != note:
                 return False  # another part, or another delivery of this one, went ahead
@@ -403,7 +402,7 @@ class S3Backend(KeyValueStoreBackend):
     def get_task_meta(self, task_id, cache=True):
         return self._found.get(task_id) or super().get_task_meta(task_id, cache)
 
-    def _look_at_part(self, task_id: str) -> dict:
+    def _look_at_part(self, task_id: str) -> dict:  # Ours: get_task_meta() would raise or cache
         value = self.get(self.get_key_for_task(task_id))
         try:
             return self.decode_result(value) if value else {'status': states.PENDING}
@@ -412,7 +411,7 @@ class S3Backend(KeyValueStoreBackend):
 
     def chord_error_from_stack(self, callback, exc=None):
         """The body will not be sent, because a part has failed: so it has failed, too."""
-        if not callback.id:  # of a chain, before Celery 5.6; its error is stored under the id
+        if not callback.id:  # of a chain, before Celery 5.6; super() stores the error under it
             callback.options['task_id'] = find_ends(callback)[0].id
         super().chord_error_from_stack(callback, exc)
         self._fail_ends(callback, exc)
@@ -426,12 +425,12 @@ class S3Backend(KeyValueStoreBackend):
     def _fail_ends(self, signature, exc):
         """Ours: store the error of each task that this ends with, and tell the task's chord.
 
-        Celery leaves out those in groups and chords, and takes one whose error is stored for told,
-        although a worker may have died between the two."""
+        Celery leaves out those in groups and chords. And where an error is stored already, it does
+        not tell the chord, although a worker may have died between the two."""
         for task in find_ends(signature):
             request = Context(task.options, id=task.id, stored=states.FAILURE)
             is_stored = self.get_state(task.id) in states.READY_STATES
-            self.mark_as_failure(task.id, exc, None, request, not is_stored, call_errbacks=False)
+            self.mark_as_failure(task.id, exc, request=request, store_result=not is_stored)
 
 
 def find_tasks(results: list):

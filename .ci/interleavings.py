@@ -2,26 +2,23 @@
 
     python .ci/interleavings.py [--seconds N]
 
-Run it in the root of a checkout; N is 300 unless told. Each delivery of a message is a thread that
-stops before each step. A depth-first search decides who goes next, and begins again until every
-order has been run; of orders that differ in steps that commute (on different keys, or both reads),
-it ends one ('sleep sets'). Where a scenario says so, the answer to a write is lost after it took
-effect, or a worker dies and its message comes again, at each place in turn. A sleep outlasts what
-the others do. In the end the body was sent once with the right values, or has the right error, and
-nothing but results is left (records may be, after a death or a second start). If not, the exit is
-1, after a line for each step and what is wrong.
+Run it in the root of a checkout. Each delivery of a message is a thread that stops before each
+step; a depth-first search decides who goes next, and begins again until every order has been run.
+Of orders that differ in steps that commute, on different keys or both reads, it ends one ('sleep
+sets'). A write's answer is lost, or a worker dies and its message comes again, at each place in
+turn. A sleep outlasts what the others do. If a run ends wrong, its steps are printed; the exit is
+1.
 """
 
-import argparse
 import json
-import logging
 import os
 import random
+import re
 import sys
 import threading
 import time
 from collections import namedtuple
-from copy import copy
+from copy import deepcopy
 
 from botocore.exceptions import ConnectionClosedError
 from celery import Celery, chord
@@ -31,14 +28,13 @@ sys.path.insert(0, os.getcwd())
 import celery_s3
 
 # Each letter is a part, as often as it is delivered. The fate befalls one step.
-FIELDS = 'name parts fate failing starts is_silent'
-Scenario = namedtuple('Scenario', FIELDS, defaults=('', '', 1, False))
+Scenario = namedtuple('Scenario', 'name parts fate failing starts silent', defaults=['', '', 1, 0])
 SCENARIOS = [
-    Scenario('one part, its chord started twice', 'A', starts=2),
-    Scenario('two parts, a lost answer', 'AB', 'is lost'),
     Scenario('two parts, one fails, a lost answer', 'AB', 'is lost', failing='A'),
+    Scenario('two parts, a lost answer', 'AB', 'is lost'),
+    Scenario('one part, its chord started twice', 'A', starts=2),
+    Scenario('two parts, a death, the body stores no state', 'AB', 'dies', silent=1),
     Scenario('two parts, a death', 'AB', 'dies'),
-    Scenario('two parts, a death, the body stores no state', 'AB', 'dies', is_silent=True),
     Scenario('two parts, the first delivered twice', 'AAB'),
     Scenario('two parts, the last delivered twice', 'ABB'),
     Scenario('three parts', 'ABC'),
@@ -47,11 +43,8 @@ SCENARIOS = [
 ]
 SEARCHES = {'as listed': lambda ids, size: ids[:], 'reversed': lambda ids, size: ids[::-1]}
 Choice = namedtuple('Choice', 'name fate key is_read')
-BUCKET = celery_s3.Bucket('b')
-
-
-class Died(BaseException):
-    """The worker's process is gone: no code in it handles this."""
+BUCKET = celery_s3.Bucket('b', max_connections=1)  # so it starts no threads
+vars(BUCKET).update(_lock=None, _session=None, _http=None)  # not used here, and not to be copied
 
 
 class App(Celery):
@@ -60,67 +53,61 @@ class App(Celery):
     def send_task(self, name, args=None, kwargs=None, task_id=None, **options):
         me = threading.current_thread()
         me.stop_before(f'sends {task_id} {args}')
-        me.schedule.bodies += [list(args)] if task_id == 'body' else []
         message = json.dumps([task_id, options.get('group_id'), options.get('chord')])
         for number in range(me.schedule.scenario.parts.count(task_id) or 1):
-            me.schedule.begin(f'{task_id}{number + 1} from {me.name}', message)
+            Delivery(me.schedule, f'{task_id}{number + 1} from {me.name}', message)
         return self.AsyncResult(task_id)
 
 
 class Delivery(threading.Thread):
-    """A worker of its own, with a message or, without one, for the start of the chord."""
+    """A worker with nothing but a message or, without one, the start of the chord."""
 
     def __init__(self, schedule, name, message):
         super().__init__(name=name, daemon=True)
         self.schedule, self.message, self.fate = schedule, message, ''
         self.backend = celery_s3.S3Backend(APP)
         self.may_go, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
+        schedule.deliveries[name] = self
+        self.start()
+        self.has_stopped.acquire()
 
     def run(self):
         try:
-            self.work() if self.message else self.start_chord()
-        except Died:
-            pass
-        except Exception as error:
-            self.schedule.errors.append(f'WRONG: {self.name} raised {error!r}')
+            self.work(self.schedule.scenario)
+        except (SystemExit, Exception) as error:
+            self.schedule.lines.append(f'{self.name} raises {error!r}')
         self.step = ''
         self.has_stopped.release()
 
-    def start_chord(self):
-        ids = sorted(set(self.schedule.scenario.parts))
-        parts = [APP.signature('part', options={'task_id': task_id}) for task_id in ids]
-        whole = chord(parts, APP.signature('body'), app=APP).set(task_id='header')
-        whole.apply_async(task_id='body')
-
-    def work(self):
+    def work(self, scenario):
+        if not self.message:
+            parts = [
+                APP.signature('part').set(task_id=part) for part in sorted(set(scenario.parts))
+            ]
+            whole = chord(parts, APP.signature('body'), app=APP).set(task_id='header')
+            return whole.apply_async(task_id='body')
         task_id, group_id, body = json.loads(self.message)
         request = Context(id=task_id, group=group_id, chord=body)
-        if task_id == self.schedule.scenario.failing:
+        if task_id == scenario.failing:
             self.backend.mark_as_failure(task_id, ValueError('boom'), request=request)
-        elif task_id != 'body' or not self.schedule.scenario.is_silent:
+        elif task_id != 'body' or not scenario.silent:
             self.backend.mark_as_done(task_id, f'result of {task_id}', request)
         self.stop_before('acknowledges its message')
 
     def stop_before(self, step, key=None, fates=('goes on', 'dies')):
         if self.fate != 'dies':  # else a block 'finally' is here, but the dead send nothing
-            self.step, self.key, self.fates = step, key or self.name, fates
+            self.step, is_read = step, len(fates) == 1
+            self.choices = [Choice(self.name, fate, key or self.name, is_read) for fate in fates]
             self.has_stopped.release()
             self.may_go.acquire()
             self.schedule.lines.append(f'{self.name} {self.fate}: {step}')
         if self.fate == 'dies':
-            raise Died
+            raise SystemExit
 
     def go_on(self, fate):
         self.fate = fate
         self.may_go.release()
         self.has_stopped.acquire()
-
-
-def make_bucket():
-    """Stands in for Bucket(), which takes 20 ms; this one knows as little as a new one."""
-    bucket = copy(BUCKET)
-    bucket.etags = copy(BUCKET.etags)
-    return bucket
 
 
 def send_once(bucket, request, operation, refusals, **kwargs):
@@ -131,13 +118,11 @@ def send_once(bucket, request, operation, refusals, **kwargs):
     fates = ('goes on',) if request.method == 'GET' else ('goes on', 'is lost', 'dies')
     me.stop_before(f'{request.method} {key} {condition}', key, fates)
     value = me.schedule.objects.get(key)
-    there = f'"{hash(value)}"' if value else '*'
-    if condition not in (None, there):
+    if condition not in (None, f'"{hash(value)}"' if value else '*'):
         assert (412 if value else 'NoSuchKey') in refusals
         value = None
     elif request.method == 'PUT':
         value = me.schedule.objects[key] = request.data
-        me.schedule.puts.append((key, value.decode()))
     elif request.method == 'DELETE':
         me.schedule.objects.pop(key, None)
     me.schedule.lines[-1] += f' -> {value}'
@@ -147,8 +132,7 @@ def send_once(bucket, request, operation, refusals, **kwargs):
 
 
 def sleep(seconds):
-    """Stands in for time.sleep(); the pauses between attempts are 0 here."""
-    if seconds:
+    if seconds:  # it is 0 between two attempts
         threading.current_thread().stop_before(f'sleeps {seconds} s')
         threading.current_thread().stop_before('wakes', fates=('goes on',))
 
@@ -157,86 +141,70 @@ class Schedule:
     """One run of a scenario: its chord has been started, and its parts have been sent."""
 
     def __init__(self, scenario):
-        self.scenario, self.fate = scenario, scenario.fate
-        self.objects, self.deliveries = {}, {}
-        self.bodies, self.puts, self.lines, self.errors = [], [], [], []
-        self.begin('start')
+        self.scenario, self.fate, self.objects, self.deliveries = scenario, scenario.fate, {}, {}
+        self.lines = []
+        Delivery(self, 'start', message='')
         while self.deliveries['start'].step:
             self.deliveries['start'].go_on('goes on')
         if scenario.starts == 2:
-            self.begin('second start')
-
-    def begin(self, name, message=None):
-        self.deliveries[name] = Delivery(self, name, message)
-        self.deliveries[name].start()
-        self.deliveries[name].has_stopped.acquire()
+            Delivery(self, 'second start', message='')
 
     def find_choices(self):
         stopped = [one for one in self.deliveries.values() if one.step]
         if all(one.step == 'wakes' for one in stopped):
             for one in stopped:
                 one.step = 'has woken'
-        choices = []
-        for one in stopped:
-            fates = [fate for fate in ('goes on', self.fate) if fate in one.fates]
-            found = [Choice(one.name, fate, one.key, len(one.fates) == 1) for fate in fates]
-            if one.step != 'wakes':
-                choices += found
-                if one.key == one.name and len(found) == 1:
-                    return found  # it commutes with all that may follow: no other order matters
-        return choices
+        awake = [one for one in stopped if one.step != 'wakes']
+        fates = ('goes on', self.fate)
+        found = [[choice for choice in one.choices if choice.fate in fates] for one in awake]
+        # What commutes with whatever the others do needs no other order.
+        alone = [own for own in found if len(own) == 1 and own[0].key == own[0].name]
+        return alone[0] if alone else sum(found, [])
 
-    def take(self, choice):
-        one = self.deliveries[choice.name]
-        one.go_on(choice.fate)
-        if choice.fate != 'goes on':
-            self.fate = ''
-        if choice.fate == 'dies':
-            self.begin(f'{one.name}, again', one.message)
+    def follow(self, path):
+        """Take the path, then what comes first, to the end; False if an earlier run is the same.
 
-    def find_wrong(self):
-        yield from self.errors
-        scenario, lines = self.scenario, '\n'.join(self.lines)
-        stored = [value for key, value in self.puts if key == 'celery-task-meta-body']
+        The path has, for each step, the choices to try, of which the first is taken, and the done
+        ones: every schedule that begins with one of them has been run, in some order."""
+        done, depth = [], 0
+        while choices := self.find_choices():
+            if depth == len(path):
+                path.append(([choice for choice in choices if choice not in done], done))
+            untried, done = path[depth]
+            if not untried:
+                return False
+            taken, depth = untried[0], depth + 1
+            done = [choice for choice in done if commute(choice, taken)]
+            one = self.deliveries[taken.name]
+            one.go_on(taken.fate)
+            self.fate = self.fate if taken.fate == 'goes on' else ''
+            if taken.fate == 'dies':
+                Delivery(self, f'{taken.name}, again', one.message)
+        return True
+
+    def is_right(self):
+        scenario, text = self.scenario, '\n'.join(self.lines)
+        results = [f'result of {part}' for part in sorted(set(scenario.parts))]
+        sent = re.findall(r'goes on: sends body \((.*),\)', text)
+        stored = re.findall('PUT celery-task-meta-body .* -> b(.*)', text)
         right = 'boom' if scenario.failing else '"result of body"'
-        if [right in value for value in stored] != [True] * (not scenario.is_silent):
-            yield f'WRONG: stored for the body: {stored}'
         counts = [0] if scenario.failing else range(1, scenario.starts + 1)
         # The one case in which it may be sent twice: nothing tells that the dead one has sent it.
-        if scenario.is_silent and 'dies: DELETE celery-taskset' in lines:
+        if scenario.silent and 'dies: DELETE celery-taskset' in text:
             counts = [2]
-        values = [f'result of {task_id}' for task_id in sorted(set(scenario.parts))]
-        if len(self.bodies) not in counts or any(args != [values] for args in self.bodies):
-            yield f'WRONG: sent to the body: {self.bodies}'
-        left = {key for key in self.objects if not key.startswith('celery-task-meta-')}
-        if scenario.starts == 2 or 'dies: ' in lines:
-            left -= {'celery-taskset-meta-header', 'chord-unlock-header'}
-        if left:
-            yield f'WRONG: left behind: {left}'
+        may_stay = {'celery-taskset-meta-header', 'chord-unlock-header'}
+        if scenario.starts == 1 and 'dies: ' not in text:
+            may_stay = set()
+        left = {key for key in self.objects if 'task-meta' not in key} - may_stay
+        is_right_end = [right in one for one in stored] == [True] * (not scenario.silent)
+        has_raised = re.search('raises (?!SystemExit)', text)
+        is_right_body = len(sent) in counts and set(sent) <= {str(results)}
+        return is_right_end and is_right_body and not left and not has_raised
 
 
-def commute(choice, other):
-    if choice.name == other.name or choice.fate == other.fate != 'goes on':
-        return False  # one delivery, or the fate that befalls one of them alone
-    return choice.key != other.key or (choice.is_read and other.is_read)
-
-
-def follow(path, schedule):
-    """Take the path and, after its end, what comes first; whether no earlier run is the same.
-
-    The path has, for each step, the untried choices, of which the first one is taken, and the done
-    ones: every schedule that begins with one of them has been run, in some order."""
-    done, depth = [], 0
-    while choices := schedule.find_choices():
-        if depth == len(path):
-            path.append(([choice for choice in choices if choice not in done], done))
-        untried, done = path[depth]
-        if not untried:
-            return False
-        schedule.take(untried[0])
-        done = [choice for choice in done if commute(choice, untried[0])]
-        depth += 1
-    return True
+def commute(one, other):
+    is_apart = one.key != other.key or (one.is_read and other.is_read)
+    return is_apart and one.name != other.name and not (one.fate == other.fate != 'goes on')
 
 
 def explore(scenario, deadline):
@@ -244,11 +212,10 @@ def explore(scenario, deadline):
     path, ran = [], 0
     while time.monotonic() < deadline:
         schedule = Schedule(scenario)
-        is_new = follow(path, schedule)
-        wrong = is_new and list(schedule.find_wrong())
-        if wrong:
-            sys.exit('\n'.join(schedule.lines + wrong))
+        is_new = schedule.follow(path)
         ran += is_new
+        if is_new and not schedule.is_right():
+            sys.exit('\n'.join([*schedule.lines, f'WRONG; there are: {list(schedule.objects)}']))
         for one in schedule.deliveries.values():
             if one.step:
                 one.go_on('dies')
@@ -261,23 +228,17 @@ def explore(scenario, deadline):
     return ran, 'not all'
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--seconds', type=float, default=300)
-    deadline = time.monotonic() + parser.parse_args().seconds
-    if hasattr(os, 'sched_setaffinity'):  # threads wake each other much faster on one CPU
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    logging.disable()
-    celery_s3.Bucket._send_once, celery_s3.Bucket = send_once, make_bucket
-    time.sleep, random.uniform = sleep, lambda a, b: 0
-    runs = [(scenario, search) for scenario in SCENARIOS for search in SEARCHES]
-    for number, (scenario, search) in enumerate(runs):
-        random.sample = SEARCHES[search]
-        began = time.monotonic()
-        ran, end = explore(scenario, began + (deadline - began) / (len(runs) - number))
-        seconds = time.monotonic() - began
-        print(f'{scenario.name:45} {search:9} {ran:6} {end:8} {seconds:6.1f} s', flush=True)
-
-
 APP = App(broker='memory://', set_as_current=False)
-main()
+os.sched_setaffinity(
+    0, {min(os.sched_getaffinity(0))}
+)  # threads wake each other faster on one CPU
+celery_s3.logger.disabled = True
+celery_s3.Bucket._send_once, celery_s3.Bucket = send_once, lambda: deepcopy(BUCKET)
+time.sleep, random.uniform = sleep, lambda a, b: 0
+runs = [(scenario, search) for scenario in SCENARIOS for search in SEARCHES]
+deadline = time.monotonic() + float(sys.argv[2] if sys.argv[1:2] == ['--seconds'] else 300)
+for number, (scenario, search) in enumerate(runs):
+    random.sample, began = SEARCHES[search], time.monotonic()
+    ran, end = explore(scenario, began + (deadline - began) / (len(runs) - number))
+    seconds = time.monotonic() - began
+    print(f'{scenario.name:45} {search:9} {ran:6} {end:8} {seconds:6.1f} s', flush=True)
