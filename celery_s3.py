@@ -32,7 +32,7 @@ __version__ = '2.0.0'
 backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # as in celery-s3 1.x
 logger = logging.getLogger(__name__)
 
-NO_INTERVAL = 0.5  # seconds; what Celery's get() passes where its caller gives no interval
+NO_INTERVAL = 0.5  # seconds; Celery's default for get(), taken for 'the caller has none'
 FIRST_PAUSE = 0.5  # seconds between two looks, at first and after something became ready
 LONGEST_PAUSE = 30  # seconds between two looks
 LONGEST_SENDING = 30  # seconds; a live worker takes less to send the body of a chord
@@ -168,14 +168,14 @@ class Bucket:
         operation = f'{method} {self.uri}{key}'
         for attempt in count(1):
             try:
-                request = awsrequest.AWSRequest(method, url, put_headers, body)  # dated anew
+                request = awsrequest.AWSRequest(method, url, put_headers, body)  # a new date
                 return self._send_once(request, operation, refusals)
             except (exceptions.ClientError, *LOST) as error:
                 if attempt >= self._attempts or not is_transient(error):
                     raise
                 pause = random.uniform(0, min(0.1 * 2**attempt, 20))  # seconds
                 logger.warning(f'{operation}: {error}; attempt {attempt + 1} in {pause:.1f} s')
-            time.sleep(pause)
+                time.sleep(pause)
 
     def _send_once(self, request, operation, refusals):
         with self._lock:
@@ -185,7 +185,7 @@ class Bucket:
         try:
             answer = self._http.send(request.prepare())
         except exceptions.HTTPClientError as error:
-            # botocore wraps every exception inside send(), a task's soft time limit as well.
+            # botocore has wrapped what was raised in send(), a task's soft time limit as well.
             raise (error if isinstance(error, LOST) else error.kwargs['error']) from None
         status, headers, content = answer.status_code, answer.headers, answer.content
         if len(content) != int(headers.get('content-length', len(content))):
@@ -193,8 +193,8 @@ class Bucket:
         if request.method == 'PUT' and status == 200 and b'<Error' in content:
             status = 500  # AWS may fail after it has said 200
         if status < 300:
-            return content, headers.get('etag', '').strip('"')
-        parse = parsers.create_parser('rest-xml').parse
+            return content, headers.get('etag', '').removeprefix('W/').strip('"')
+        parse = parsers.create_parser('rest-xml').parse  # of any error, S3's own or a proxy's
         refusal = parse({'status_code': status, 'headers': headers, 'body': content}, None)
         if status in refusals or refusal.get('Error', {}).get('Code') in refusals:
             return None, None
@@ -211,7 +211,7 @@ class S3Backend(KeyValueStoreBackend):
     exception_safe_to_retry = staticmethod(is_transient)  # for result_backend_always_retry
 
     def __init__(self, app, *args, **kwargs):
-        conf = app.conf
+        conf = app.conf  # Django's namespace makes the second name of the first
         given = conf.get('CELERY_S3_BACKEND_SETTINGS') or conf.get('s3_backend_settings') or {}
         try:
             # None and '' mean 'not set'; an unknown name is an error, whatever it is set to.
@@ -271,8 +271,8 @@ class S3Backend(KeyValueStoreBackend):
     # Storing: a state in one PUT that cannot replace a SUCCESS.
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        if getattr(request, 'id', None) == task_id:  # a task may store another's state, with its
-            request.stored = state  # own request; of an unknown task, the request has no id
+        if getattr(request, 'id', None) == task_id:  # not where a task stores another's state
+            request.stored = state  # tells on_chord_part_return() that it need not
         if not self.bucket.conditional_writes:
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         meta = self._get_result_meta(result, state, traceback, request)
@@ -281,7 +281,7 @@ class S3Backend(KeyValueStoreBackend):
         etag = self.bucket.etags.data.get(key)  # LRUCache.get() fails when another thread evicts
         for _ in range(20):  # each time, others have written it between our two requests
             found, etag = self.bucket.put_if(key, value, etag)
-            if found == value and state != states.SUCCESS:
+            if found == value and state != states.SUCCESS:  # which nothing replaces
                 self.bucket.etags[key] = etag
             if found == value or (found and self.decode(found)['status'] == states.SUCCESS):
                 return result
@@ -295,7 +295,7 @@ class S3Backend(KeyValueStoreBackend):
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
     def iter_native(self, result, *args, **kwargs):
-        # Celery's own yields the groups first; the join then asks their tasks without a time-out.
+        # A join gets the tasks of a yielded group one by one: so here, when all of them are ready.
         tasks = {task.id: task for task in find_tasks(result.results)}
         direct = {one.id for one in result.results}  # tasks, and groups
         for task_id, meta in self.get_many(tasks, *args, **kwargs):
@@ -310,11 +310,11 @@ class S3Backend(KeyValueStoreBackend):
         ids = list(dict.fromkeys(map(bytes_to_str, task_ids)))
         latest = time.monotonic()  # when something last became ready, or the beginning
         deadline = float('inf') if timeout is None else latest + timeout
-        pause = FIRST_PAUSE if interval is None else interval
+        pause = FIRST_PAUSE if interval in (None, NO_INTERVAL) else interval
         with self._start_threads(len(ids)) as pool:
             for _ in islice(count(), max_iterations or None):  # None: without end
                 whole = max_iterations or len(ids) == 1 or time.monotonic() >= deadline
-                size = len(ids) if whole else 2 * pause  # two a second, as Celery for one task
+                size = len(ids) if whole else 2 * pause  # as often as Celery for one task
                 for task_id, meta in self._look(pool, self.get_task_meta, ids, size, READY_STATES):
                     self._cache[task_id] = meta  # as Celery's own, where result_cache_max is set
                     if on_message is not None:
@@ -341,19 +341,19 @@ class S3Backend(KeyValueStoreBackend):
         group_id, results = header_result_args
         *_, last = find_tasks(results)
         body.options['note'] = group_id  # each part receives this body as request.chord
-        # Parts mostly end in order: while the last one is awaited, the others look and leave.
+        # The note begins as the last part's id: mostly they end in order, and the others just leave.
         self.bucket.put_if(self.get_key_for_chord(group_id), last.id.encode(), None)
         super()._apply_chord_incr(header_result_args, body, **kwargs)
 
     def on_chord_part_return(self, request, state, result, **kwargs):
         if not isinstance(request.chord, dict) or not request.id:
             return  # Celery asks about tasks that are in no chord, too
-        if getattr(request, 'stored', None) != state:  # ignored, but the chord's body takes it
+        if getattr(request, 'stored', None) != state:  # ignore_result, but the body needs it
             self.store_result(request.id, result, state, request=request)
         body = dict(request.chord, options=dict(request.chord.get('options') or {}), chord_size=1)
         group_id = body['options'].pop('note', None)  # none where the client lets the chord poll
         if group_id and self.implements_incr and self._go_on(request.id, group_id, body):
-            part = Context(id=request.id, group=group_id, chord=body)
+            part = Context(id=request.id, group=group_id, chord=body)  # all that super() reads
             try:
                 super().on_chord_part_return(part, state, result, **kwargs)
             finally:
@@ -362,8 +362,8 @@ class S3Backend(KeyValueStoreBackend):
     def _go_on(self, part: str, group_id: str, body: dict) -> bool:
         """Ours: whether all parts have ended, and this delivery of one is to send the body.
 
-        The note is LAST, MINE awaits THAT, or MINE sends NONCE, a word a line: ids of parts, which
-        go on with the chord if they find themselves there after they have ended."""
+        The note is 'LAST', 'MINE awaits THAT' or 'MINE sends NONCE', a word a line. All but NONCE
+        are ids of parts: one that has ended and finds its id there goes on with the chord."""
         key = self.get_key_for_chord(group_id)
         note, etag = self.bucket.get(key)
         words = (note or b'').decode().split('\n')
@@ -373,7 +373,7 @@ class S3Backend(KeyValueStoreBackend):
         # Where an earlier delivery sends the body, its worker may have died before it did.
         for seconds in (0, LONGEST_SENDING) if words[1:2] == ['sends'] else ():
             time.sleep(seconds)
-            is_sent = self.restore_group(group_id, cache=False) is None  # deleted thereafter
+            is_sent = self.restore_group(group_id, cache=False) is None  # Celery deletes it then
             has_begun = body_id and self.get_state(body_id) != states.PENDING
             if is_sent or has_begun or self.bucket.get(key)[1] != etag:
                 return False
@@ -411,7 +411,7 @@ class S3Backend(KeyValueStoreBackend):
 
     def chord_error_from_stack(self, callback, exc=None):
         """The body will not be sent, because a part has failed: so it has failed, too."""
-        if not callback.id:  # of a chain, before Celery 5.6; super() stores the error under it
+        if not callback.id:  # of a chain, before Celery 5.6; super() stores the error by it
             callback.options['task_id'] = find_ends(callback)[0].id
         super().chord_error_from_stack(callback, exc)
         self._fail_ends(callback, exc)
@@ -419,8 +419,8 @@ class S3Backend(KeyValueStoreBackend):
     def _fail_chain(self, chain, exc, *args, **kwargs):
         """A task has failed: so those that are chained after it have failed, too."""
         super()._fail_chain(chain, exc, *args, **kwargs)
-        if isinstance(chain, list) and chain:
-            self._fail_ends(canvas.maybe_signature(chain[0], self.app), exc)  # the last is first
+        if isinstance(chain, list) and chain:  # else None, or an odd message's
+            self._fail_ends(canvas.maybe_signature(chain[0], self.app), exc)  # reversed
 
     def _fail_ends(self, signature, exc):
         """Ours: store the error of each task that this ends with, and tell the task's chord.
@@ -428,7 +428,7 @@ class S3Backend(KeyValueStoreBackend):
         Celery leaves out those in groups and chords. And where an error is stored already, it does
         not tell the chord, although a worker may have died between the two."""
         for task in find_ends(signature):
-            request = Context(task.options, id=task.id, stored=states.FAILURE)
+            request = Context(task.options, id=task.id, stored=states.FAILURE)  # not once more
             is_stored = self.get_state(task.id) in states.READY_STATES
             self.mark_as_failure(task.id, exc, request=request, store_result=not is_stored)
 

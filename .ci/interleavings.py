@@ -1,18 +1,12 @@
 """Prove the chords of celery_s3: run every interleaving of its own code, on a store in memory.
 
-    python .ci/interleavings.py [--seconds N]
-
-Run it in the root of a checkout. Each delivery of a message is a thread that stops before each
-step; a depth-first search decides who goes next, and begins again until every order has been run.
-Of orders that differ in steps that commute, on different keys or both reads, it ends one ('sleep
-sets'). A write's answer is lost, or a worker dies and its message comes again, at each place in
-turn. A sleep outlasts what the others do. If a run ends wrong, its steps are printed; the exit is
-1.
+Each delivery of a message is a thread that stops before each step; a depth-first search runs every
+order, and of those that differ in steps that commute, one ('sleep sets'). An answer is lost, or a
+worker dies and its message comes again, at each place in turn. A sleep outlasts all others.
 """
 
 import json
 import os
-import random
 import re
 import sys
 import threading
@@ -20,9 +14,7 @@ import time
 from collections import namedtuple
 from copy import deepcopy
 
-from botocore.exceptions import ConnectionClosedError
 from celery import Celery, chord
-from celery.app.task import Context
 
 sys.path.insert(0, os.getcwd())
 import celery_s3
@@ -59,9 +51,7 @@ class App(Celery):
         return self.AsyncResult(task_id)
 
 
-class Delivery(threading.Thread):
-    """A worker with nothing but a message or, without one, the start of the chord."""
-
+class Delivery(threading.Thread):  # a new worker with a message or, without, who starts the chord
     def __init__(self, schedule, name, message):
         super().__init__(name=name, daemon=True)
         self.schedule, self.message, self.fate = schedule, message, ''
@@ -74,20 +64,20 @@ class Delivery(threading.Thread):
     def run(self):
         try:
             self.work(self.schedule.scenario)
-        except (SystemExit, Exception) as error:
+        except Exception as error:
             self.schedule.lines.append(f'{self.name} raises {error!r}')
-        self.step = ''
-        self.has_stopped.release()
+        finally:  # for SystemExit, too, which threads may end with
+            self.step = ''
+            self.has_stopped.release()
 
     def work(self, scenario):
         if not self.message:
-            parts = [
-                APP.signature('part').set(task_id=part) for part in sorted(set(scenario.parts))
-            ]
+            ids = sorted(set(scenario.parts))
+            parts = [APP.signature('part').set(task_id=part) for part in ids]
             whole = chord(parts, APP.signature('body'), app=APP).set(task_id='header')
             return whole.apply_async(task_id='body')
         task_id, group_id, body = json.loads(self.message)
-        request = Context(id=task_id, group=group_id, chord=body)
+        request = celery_s3.Context(id=task_id, group=group_id, chord=body)
         if task_id == scenario.failing:
             self.backend.mark_as_failure(task_id, ValueError('boom'), request=request)
         elif task_id != 'body' or not scenario.silent:
@@ -103,6 +93,10 @@ class Delivery(threading.Thread):
             self.schedule.lines.append(f'{self.name} {self.fate}: {step}')
         if self.fate == 'dies':
             raise SystemExit
+
+    def sleep(self, seconds):
+        self.stop_before(f'sleeps {seconds} s')
+        self.stop_before('wakes', fates=('goes on',))
 
     def go_on(self, fate):
         self.fate = fate
@@ -127,22 +121,14 @@ def send_once(bucket, request, operation, refusals, **kwargs):
         me.schedule.objects.pop(key, None)
     me.schedule.lines[-1] += f' -> {value}'
     if me.fate == 'is lost':
-        raise ConnectionClosedError(endpoint_url=request.url)
+        raise celery_s3.exceptions.ConnectionClosedError(endpoint_url=request.url)
     return value, value and str(hash(value))
 
 
-def sleep(seconds):
-    if seconds:  # it is 0 between two attempts
-        threading.current_thread().stop_before(f'sleeps {seconds} s')
-        threading.current_thread().stop_before('wakes', fates=('goes on',))
-
-
-class Schedule:
-    """One run of a scenario: its chord has been started, and its parts have been sent."""
-
+class Schedule:  # one run of a scenario: its chord has been started, and its parts have been sent
     def __init__(self, scenario):
-        self.scenario, self.fate, self.objects, self.deliveries = scenario, scenario.fate, {}, {}
-        self.lines = []
+        self.scenario, self.fate = scenario, scenario.fate
+        self.objects, self.deliveries, self.lines = {}, {}, []
         Delivery(self, 'start', message='')
         while self.deliveries['start'].step:
             self.deliveries['start'].go_on('goes on')
@@ -162,10 +148,7 @@ class Schedule:
         return alone[0] if alone else sum(found, [])
 
     def follow(self, path):
-        """Take the path, then what comes first, to the end; False if an earlier run is the same.
-
-        The path has, for each step, the choices to try, of which the first is taken, and the done
-        ones: every schedule that begins with one of them has been run, in some order."""
+        """Take the path, then the first choices; whether no earlier run was the same."""
         done, depth = [], 0
         while choices := self.find_choices():
             if depth == len(path):
@@ -180,42 +163,34 @@ class Schedule:
             self.fate = self.fate if taken.fate == 'goes on' else ''
             if taken.fate == 'dies':
                 Delivery(self, f'{taken.name}, again', one.message)
-        return True
+        return self.is_right() or sys.exit('\n'.join([*self.lines, f'WRONG {[*self.objects]}']))
 
     def is_right(self):
         scenario, text = self.scenario, '\n'.join(self.lines)
-        results = [f'result of {part}' for part in sorted(set(scenario.parts))]
         sent = re.findall(r'goes on: sends body \((.*),\)', text)
-        stored = re.findall('PUT celery-task-meta-body .* -> b(.*)', text)
-        right = 'boom' if scenario.failing else '"result of body"'
+        values = [f'result of {part}' for part in sorted(set(scenario.parts))]
         counts = [0] if scenario.failing else range(1, scenario.starts + 1)
         # The one case in which it may be sent twice: nothing tells that the dead one has sent it.
         if scenario.silent and 'dies: DELETE celery-taskset' in text:
             counts = [2]
-        may_stay = {'celery-taskset-meta-header', 'chord-unlock-header'}
-        if scenario.starts == 1 and 'dies: ' not in text:
-            may_stay = set()
-        left = {key for key in self.objects if 'task-meta' not in key} - may_stay
-        is_right_end = [right in one for one in stored] == [True] * (not scenario.silent)
-        has_raised = re.search('raises (?!SystemExit)', text)
-        is_right_body = len(sent) in counts and set(sent) <= {str(results)}
-        return is_right_end and is_right_body and not left and not has_raised
+        stored = re.findall('PUT celery-task-meta-body .* -> b(.*)', text)
+        right = 'boom' if scenario.failing else '"result of body"'
+        is_stored = [right in one for one in stored] == [True] * (not scenario.silent)
+        may_stay = scenario.starts == 2 or 'dies: ' in text
+        is_clean = may_stay or all('task-meta' in key for key in self.objects)
+        is_sent = len(sent) in counts and set(sent) <= {str(values)}
+        return is_sent and is_stored and is_clean and 'raises' not in text
 
 
 def commute(one, other):
-    is_apart = one.key != other.key or (one.is_read and other.is_read)
-    return is_apart and one.name != other.name and not (one.fate == other.fate != 'goes on')
+    return one.name != other.name and (one.key != other.key or one.is_read and other.is_read)
 
 
-def explore(scenario, deadline):
-    """Run schedules until none is left or time is up: how many, and which."""
-    path, ran = [], 0
+def explore(scenario, deadline):  # until none is left or time is up: how many, and whether all
+    path, ran = [], 0  # for each step: choices to try, and those of which all orders were run
     while time.monotonic() < deadline:
         schedule = Schedule(scenario)
-        is_new = schedule.follow(path)
-        ran += is_new
-        if is_new and not schedule.is_right():
-            sys.exit('\n'.join([*schedule.lines, f'WRONG; there are: {list(schedule.objects)}']))
+        ran += schedule.follow(path)
         for one in schedule.deliveries.values():
             if one.step:
                 one.go_on('dies')
@@ -229,16 +204,15 @@ def explore(scenario, deadline):
 
 
 APP = App(broker='memory://', set_as_current=False)
-os.sched_setaffinity(
-    0, {min(os.sched_getaffinity(0))}
-)  # threads wake each other faster on one CPU
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # else threads wake each other slowly
 celery_s3.logger.disabled = True
 celery_s3.Bucket._send_once, celery_s3.Bucket = send_once, lambda: deepcopy(BUCKET)
-time.sleep, random.uniform = sleep, lambda a, b: 0
+celery_s3.random.uniform = lambda least, most: 0  # seconds between two attempts
+time.sleep = lambda seconds: seconds and threading.current_thread().sleep(seconds)
 runs = [(scenario, search) for scenario in SCENARIOS for search in SEARCHES]
 deadline = time.monotonic() + float(sys.argv[2] if sys.argv[1:2] == ['--seconds'] else 300)
 for number, (scenario, search) in enumerate(runs):
-    random.sample, began = SEARCHES[search], time.monotonic()
+    celery_s3.random.sample, began = SEARCHES[search], time.monotonic()
     ran, end = explore(scenario, began + (deadline - began) / (len(runs) - number))
-    seconds = time.monotonic() - began
-    print(f'{scenario.name:45} {search:9} {ran:6} {end:8} {seconds:6.1f} s', flush=True)
+    took = time.monotonic() - began
+    print(f'{scenario.name:45} {search:9} {ran:6} {end:8} {took:5.1f} s', flush=True)
