@@ -341,7 +341,7 @@ class S3Backend(KeyValueStoreBackend):
         group_id, results = header_result_args
         *_, last = find_tasks(results)
         body.options['note'] = group_id  # each part receives this body as request.chord
-        # The note begins as the last part's id: mostly they end in order, and the others just leave.
+        # The note begins as the last part's id: mostly they end in order, and the others leave.
         self.bucket.put_if(self.get_key_for_chord(group_id), last.id.encode(), None)
         super()._apply_chord_incr(header_result_args, body, **kwargs)
 
