@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from itertools import count, islice
 from multiprocessing.pool import ThreadPool
@@ -129,8 +129,7 @@ class Bucket:
             condition = {'If-Match': form.format(etag)} if etag else {'If-None-Match': form}
             _, new_etag = self._send('PUT', key, refusals, value, self.headers | condition)
             if new_etag is not None:
-                if etag:
-                    self._etag_forms = [form]
+                self._etag_forms = [form] if etag else self._etag_forms
                 return value, new_etag
             refusals.add('InvalidArgument')  # R2's answer to an etag without quotes
         return self.get(key)
@@ -199,7 +198,7 @@ class Bucket:
         if status in refusals or refusal.get('Error', {}).get('Code') in refusals:
             return None, None
         region = headers.get('x-amz-bucket-region', self._region)  # if not ours, set aws_region
-        details = f'HTTP {status}, bucket in {region}, request {headers.get("x-amz-request-id")}'
+        details = f'HTTP {status}, region {region}, request {headers.get("x-amz-request-id")}'
         raise exceptions.ClientError(refusal, f'{operation} ({details})')
 
 
@@ -245,10 +244,13 @@ class S3Backend(KeyValueStoreBackend):
 
     def _start_threads(self, size: int):
         """Ours: a pool for so many looks at once; nothing for one, or where none can start."""
-        with suppress(RuntimeError, AttributeError):  # the latter where only some could start
-            if min(size, self.bucket.max_connections) > 1:
-                return ThreadPool(min(size, self.bucket.max_connections))
-        return nullcontext()
+        size = min(size, self.bucket.max_connections)
+        try:
+            return ThreadPool(size) if size > 1 else nullcontext()
+        except (RuntimeError, AttributeError) as error:  # the latter by ThreadPool's clean-up
+            if not isinstance(error.__context__ or error, RuntimeError):
+                raise error.__context__ from None  # a task's soft time limit
+            return nullcontext()
 
     def _look(self, pool, look, ids: list, size: float, ready=states.READY_STATES):
         """Ours: look at `size` tasks at once, then at three times as many, until one is pending.
@@ -373,10 +375,9 @@ class S3Backend(KeyValueStoreBackend):
         # Where an earlier delivery sends the body, its worker may have died before it did.
         for seconds in (0, LONGEST_SENDING) if words[1:2] == ['sends'] else ():
             time.sleep(seconds)
-            is_sent = self.restore_group(group_id, cache=False) is None  # Celery deletes it then
             has_begun = body_id and self.get_state(body_id) != states.PENDING
-            if is_sent or has_begun or self.bucket.get(key)[1] != etag:
-                return False
+            if has_begun or self.restore_group(group_id, cache=False) is None:
+                return False  # once the body is sent, Celery deletes the group
         group = self.restore_group(group_id, cache=False)
         tasks = [task.id for task in find_tasks(group.results if group else [])]
         ids = random.sample(tasks, len(tasks))  # in one order, all would look at the same first
@@ -411,8 +412,8 @@ class S3Backend(KeyValueStoreBackend):
 
     def chord_error_from_stack(self, callback, exc=None):
         """The body will not be sent, because a part has failed: so it has failed, too."""
-        if not callback.id:  # of a chain, before Celery 5.6; super() stores the error by it
-            callback.options['task_id'] = find_ends(callback)[0].id
+        # Before Celery 5.6, a chain has no id, by which super() stores the error.
+        callback.options.setdefault('task_id', next(iter(find_ends(callback)), callback).id)
         super().chord_error_from_stack(callback, exc)
         self._fail_ends(callback, exc)
 
@@ -427,7 +428,7 @@ class S3Backend(KeyValueStoreBackend):
 
         Celery leaves out those in groups and chords. And where an error is stored already, it does
         not tell the chord, although a worker may have died between the two."""
-        for task in find_ends(signature):
+        for task in filter(lambda task: task.id, find_ends(signature)):
             request = Context(task.options, id=task.id, stored=states.FAILURE)  # not once more
             is_stored = self.get_state(task.id) in states.READY_STATES
             self.mark_as_failure(task.id, exc, request=request, store_result=not is_stored)

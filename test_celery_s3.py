@@ -647,7 +647,7 @@ def test_an_error_tells_what_s3_said(store):
     store.fail_next('PUT', lambda answer: refusal(400, 'InvalidTag', message='The tag is bad'))
     with pytest.raises(ClientError) as error:
         make_bucket().put('key', b'x')
-    operation = 'PUT s3://results/key (HTTP 400, bucket in us-east-1, request R1)'
+    operation = 'PUT s3://results/key (HTTP 400, region us-east-1, request R1)'
     said = f'(InvalidTag) when calling the {operation} operation: The tag is bad'
     assert str(error.value) == f'An error occurred {said}'
 
@@ -655,7 +655,7 @@ def test_an_error_tells_what_s3_said(store):
 @pytest.mark.parametrize('status', [301, 307, 400])
 def test_a_bucket_in_another_region_is_an_error_that_names_it(store, status):
     store.fail_next('GET', refused(status, 'Any', {'x-amz-bucket-region': 'eu-west-1'}))
-    with pytest.raises(ClientError, match=f'HTTP {status}, bucket in eu-west-1'):
+    with pytest.raises(ClientError, match=f'HTTP {status}, region eu-west-1'):
         make_bucket().get('key')
     assert store.sent == ['GET key']
     store.region = 'eu-west-1'
