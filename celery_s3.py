@@ -248,8 +248,8 @@ class S3Backend(KeyValueStoreBackend):
         try:
             return ThreadPool(size) if size > 1 else nullcontext()
         except (RuntimeError, AttributeError) as error:  # the latter by ThreadPool's clean-up
-            if not isinstance(error.__context__ or error, RuntimeError):
-                raise error.__context__ from None  # a task's soft time limit
+            if type(error) is AttributeError and not isinstance(error.__context__, RuntimeError):
+                raise (error.__context__ or error) from None  # a task's soft time limit
             return nullcontext()
 
     def _look(self, pool, look, ids: list, size: float, ready=states.READY_STATES):
