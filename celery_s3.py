@@ -21,8 +21,7 @@ from socket import IPPROTO_TCP, TCP_NODELAY
 
 from botocore import auth, awsrequest, exceptions, httpsession, parsers, session, utils
 from celery import canvas, states
-from celery.app.task import Context
-from celery.backends.base import KeyValueStoreBackend
+from celery.backends.base import Context, KeyValueStoreBackend
 from celery.exceptions import BackendStoreError, ImproperlyConfigured
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from kombu.utils.functional import LRUCache
@@ -356,6 +355,7 @@ class S3Backend(KeyValueStoreBackend):
         group_id = body['options'].pop('note', None)  # none where the client lets the chord poll
         if group_id and self.implements_incr and self._go_on(request.id, group_id, body):
             part = Context(id=request.id, group=group_id, chord=body)  # all that super() reads
+            request.chord = None  # what fails from here on must not report the part once more
             try:
                 super().on_chord_part_return(part, state, result, **kwargs)
             finally:
