@@ -192,7 +192,7 @@ class Bucket:
             status = 500  # AWS may fail after it has said 200
         if status < 300:
             return content, headers.get('etag', '').removeprefix('W/').strip('"')
-        parse = parsers.create_parser('rest-xml').parse  # of any error, S3's own or a proxy's
+        parse = parsers.create_parser('rest-xml').parse  # with no shape (None), it reads any error
         refusal = parse({'status_code': status, 'headers': headers, 'body': content}, None)
         if status in refusals or refusal.get('Error', {}).get('Code') in refusals:
             return None, None
@@ -205,11 +205,11 @@ class S3Backend(KeyValueStoreBackend):
     """Celery's results, groups and chords in a `Bucket`. Celery calls all that is not 'Ours'."""
 
     supports_result_compression = True  # the setting result_compression takes effect
-    key_t = bytes_to_str  # keys are str (Celery unbinds this)
+    key_t = bytes_to_str  # keys are str (Celery's __init__ unbinds it)
     exception_safe_to_retry = staticmethod(is_transient)  # for result_backend_always_retry
 
     def __init__(self, app, *args, **kwargs):
-        conf = app.conf  # Django's namespace makes the second name of the first
+        conf = app.conf  # with a namespace, as in Django, it has the second name
         given = conf.get('CELERY_S3_BACKEND_SETTINGS') or conf.get('s3_backend_settings') or {}
         try:
             # None and '' mean 'not set'; an unknown name is an error, whatever it is set to.
@@ -296,7 +296,7 @@ class S3Backend(KeyValueStoreBackend):
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
     def iter_native(self, result, *args, **kwargs):
-        # A join gets the tasks of a yielded group one by one: so here, when all of them are ready.
+        # join_native() calls get() on a group's results: so they come last, when all are ready.
         tasks = {task.id: task for task in find_tasks(result.results)}
         direct = {one.id for one in result.results}  # tasks, and groups
         for task_id, meta in self.get_many(tasks, *args, **kwargs):
@@ -315,7 +315,7 @@ class S3Backend(KeyValueStoreBackend):
         with self._start_threads(len(ids)) as pool:
             for _ in islice(count(), max_iterations or None):  # None: without end
                 whole = max_iterations or len(ids) == 1 or time.monotonic() >= deadline
-                size = len(ids) if whole else 2 * pause  # as often as Celery for one task
+                size = len(ids) if whole else 2 * pause  # two looks a second, as Celery's
                 for task_id, meta in self._look(pool, self.get_task_meta, ids, size, READY_STATES):
                     self._cache[task_id] = meta  # as Celery's own, where result_cache_max is set
                     if on_message is not None:
@@ -344,7 +344,7 @@ class S3Backend(KeyValueStoreBackend):
         body.options['note'] = group_id  # each part receives this body as request.chord
         # The note begins as the last part's id: mostly they end in order, and the others leave.
         self.bucket.put_if(self.get_key_for_chord(group_id), last.id.encode(), None)
-        super()._apply_chord_incr(header_result_args, body, **kwargs)
+        super()._apply_chord_incr(header_result_args, body, **kwargs)  # saves the group
 
     def on_chord_part_return(self, request, state, result, **kwargs):
         if not isinstance(request.chord, dict) or not request.id:
@@ -421,7 +421,7 @@ class S3Backend(KeyValueStoreBackend):
         """A task has failed: so those that are chained after it have failed, too."""
         super()._fail_chain(chain, exc, *args, **kwargs)
         if isinstance(chain, list) and chain:  # else None, or an odd message's
-            self._fail_ends(canvas.maybe_signature(chain[0], self.app), exc)  # reversed
+            self._fail_ends(canvas.maybe_signature(chain[0], self.app), exc)  # last first
 
     def _fail_ends(self, signature, exc):
         """Ours: store the error of each task that this ends with, and tell the task's chord.
