@@ -1020,8 +1020,8 @@ def test_a_timeout_ends_on_time_when_all_that_is_ready_has_been_handed_over(
 def test_a_timeout_is_measured_after_a_look(store, app, clock):
     store.gate = lambda sent: clock.sleep(0.5)
     with pytest.raises(CeleryTimeout):
-        AsyncResult('id', app=app).get(timeout=0.6)
-    assert clock.now <= 1.1
+        AsyncResult('id', app=app).get(timeout=0.3)
+    assert clock.now == 0.5
 
 
 def test_a_timeout_holds_for_groups_in_a_group(store, app, clock):
@@ -1169,7 +1169,7 @@ def test_a_result_that_cannot_be_decoded_fails_the_chord(store, app):
     parts, result = begin(app, 2)
     store.objects[f'{TASK}{parts[0].id}'] = b'of a class that only another worker has'
     finish(app, parts[1])
-    assert AsyncResult(result.id, app=app).state == 'FAILURE'
+    assert 'Expecting value' in str(AsyncResult(result.id, app=app).result)
     assert not left_behind(store, parts) - {f'{TASK}{result.id}'}
 
 
