@@ -1,11 +1,15 @@
 """Celery results in Amazon S3: one file on botocore, without boto3 and without a server.
 
-    result_backend = 'celery_s3.S3Backend'
-    CELERY_S3_BACKEND_SETTINGS = {'bucket': 'my-results'}
+    app.conf.result_backend = 'celery_s3.S3Backend'
+    app.conf.s3_backend_settings = {'bucket': 'my-results'}
 
-`Bucket` speaks signed S3 over HTTP; `S3Backend` maps Celery's contract onto a `Bucket`.
+`Bucket` speaks signed S3 over HTTP and knows nothing of Celery. `S3KeyValueBackend` is a whole
+backend on it, with Celery's own ways of storing, waiting and running chords. Three subclasses
+improve on one of these ways each and know nothing of each other. `S3Backend` joins them: to take
+one out, take its name out there.
 """
 
+import json
 import logging
 import os
 import random
@@ -13,51 +17,77 @@ import re
 import sys
 import threading
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
-from itertools import count, islice
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain, count, islice
 from socket import IPPROTO_TCP, TCP_NODELAY
+from urllib.parse import quote
 
 from botocore import auth, awsrequest, exceptions, httpsession, parsers, session, utils
-from celery import canvas, states
+from celery import canvas, states, uuid
 from celery.backends.base import Context, KeyValueStoreBackend
-from celery.exceptions import BackendStoreError, ImproperlyConfigured
-from kombu.utils.encoding import bytes_to_str, ensure_bytes
-from kombu.utils.functional import LRUCache
+from celery.exceptions import BackendStoreError, ChordError, ImproperlyConfigured
+from celery.result import ResultSet
+from kombu.utils.encoding import bytes_to_str, ensure_bytes, safe_repr
 
-__all__ = ('Bucket', 'S3Backend')
+# What this module relies on though it is not public, or is documented nowhere:
+# - Celery (seen in 5.4.0, 5.5.3, 5.7.0): the methods that are overridden, which are all whose
+#   docstring does not begin with 'Ours'; `_store_result` and `_fail_chain` (new in 5.7) are among
+#   them. `_get_result_meta`, `_maybe_set_cache`, a result's `_cache`. Requests take attributes. A
+#   chord's parts receive the very body that apply_chord() was given.
+# - botocore (seen in 1.31.62 and 1.44.8): `URLLib3Session` and its `socket_options`, the `kwargs`
+#   of its errors, the 'rest-xml' parser without a shape, the `outputs` of the partitions.
+
+__all__ = ('Bucket', 'S3KeyValueBackend', 'S3Backend')
 __version__ = '2.0.0'
 backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # as in celery-s3 1.x
 logger = logging.getLogger(__name__)
 
-NO_INTERVAL = 0.5  # seconds; Celery's default for get(), taken for 'the caller has none'
-FIRST_PAUSE = 0.5  # seconds between two looks, at first and after something became ready
-LONGEST_PAUSE = 30  # seconds between two looks
-LONGEST_SENDING = 30  # seconds; a live worker takes less to send the body of a chord
-# HTTP statuses, and codes of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-TRANSIENT = {409, 429, 500, 502, 503, 504, 'RequestTimeout', 'Throttling'}  # 409: others write
-LOST = (exceptions.ConnectionError, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError)
-UNSAFE = re.compile(r'[\0-\x1f\x7f]|(^|/)\.\.?(/|$)')  # stores and proxies differ about such keys
+# Faults that may pass; 409 means that others write the same key at this moment, and a metadata
+# service that is busy has no credentials for a moment.
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+TRANSIENT_STATUSES = {409, 429, 500, 502, 503, 504}
+TRANSIENT_CODES = {'RequestTimeout', 'SlowDown', 'Throttling'}
+TRANSIENT_ERRORS = (exceptions.ConnectionError, exceptions.ConnectionClosedError,
+    exceptions.ReadTimeoutError, exceptions.NoCredentialsError,
+    exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)  # fmt: skip
+
+# What is pasted into a URL or a header has to be what it says it is: a pattern and its meaning.
+PRINTABLE = ('([!-~]([ -~]*[!-~])?)?', 'printable ASCII, with no space or newline at its ends')
+HOST = r'https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?'
+RULES = {  # a directory bucket, NAME--ZONE--x-s3, has a host of its own
+    'bucket': (r'(?!.*--\w+-s3$|\.\.?$)[\w.-]{1,255}', "a bucket's or access point alias's name"),
+    'base_path': (r'(?!(.*/)?\.\.?(/|$))[^\0-\x1f\x7f]*', "without '.', '..', control characters"),
+    'aws_region': (r'[\w-]{1,63}', 'a name such as us-east-1'),
+    'endpoint_url': (rf'({HOST}(/[\w.~/-]*)?)?', 'http://HOST or https://HOST, or with a port'),
+    'max_connections': (r'[1-9]\d*', 'a whole number, 1 or more'),
+}
+DOTS = re.compile(r'(?<![^/])\.\.?%*(?![^/])')  # a whole segment of a path: '.', '..', '..%'
+NO_HEADERS: dict = {}
 
 
 # Errors
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed when it is sent again."""
     if isinstance(error, exceptions.ClientError):
-        status = error.response['ResponseMetadata']['HTTPStatusCode']
-        return status in TRANSIENT or error.response.get('Error', {}).get('Code') in TRANSIENT
-    return isinstance(error, LOST) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
+        status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
+        return status in TRANSIENT_STATUSES or error.response['Error']['Code'] in TRANSIENT_CODES
+    return isinstance(error, TRANSIENT_ERRORS) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
 
 
-@dataclass(repr=False)  # it would show secrets
+def is_printable(text: str) -> bool:
+    """Whether the text may stand in a header."""
+    return isinstance(text, str) and re.fullmatch(PRINTABLE[0], text) is not None
+
+
 class Bucket:
-    """A folder of an S3 bucket, for the threads of one process; its parameters are the settings.
+    """A folder of an S3 bucket, for all threads of one process; its parameters are the settings.
 
-    Raises TypeError or ValueError for a wrong setting or an unsafe key, ClientError for what S3
-    refuses, and botocore's connection errors."""
+    Raises ValueError for a wrong setting, ClientError for what S3 refuses, and botocore's other
+    errors where S3 or the credentials are out of reach."""
 
-    bucket: str
+    bucket: str = ''
     base_path: str = ''
     aws_region: str = ''
     aws_profile: str = ''
@@ -65,56 +95,67 @@ class Bucket:
     aws_secret_access_key: str = ''
     aws_session_token: str = ''
     endpoint_url: str = ''
-    headers: dict = field(default_factory=dict)  # sent with each PUT
+    headers: dict = NO_HEADERS  # sent with each PUT
     conditional_writes: bool = True  # else Celery reads before it writes, and chords poll
     denied_is_missing: bool = False  # without s3:ListBucket, S3 answers 403 for a missing key
     max_connections: int = 50
 
-    def __post_init__(self):
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            # To Python, True is a whole number as well.
-            if not isinstance(value, setting.type) or (value is True and setting.type is int):
-                raise TypeError(f'{setting.name} must be of type {setting.type.__name__}')
-        for text in (*self.headers, *self.headers.values()):
-            if not (isinstance(text, str) and text.isascii() and text.isprintable()):
-                raise TypeError('headers must be names and values of printable ASCII characters')
-        keys = (self.aws_access_key_id, self.aws_secret_access_key)
-        if any((*keys, self.aws_session_token)) and not all(keys):
-            raise ValueError('aws_access_key_id and aws_secret_access_key go together')
-        if self.max_connections < 1:
-            raise ValueError('max_connections must be 1 or more')
-        self._prefix = f'{self.base_path.strip("/")}/'.lstrip('/')
-        if UNSAFE.search(self._prefix):
-            raise ValueError("base_path must not hold '.', '..' or control characters")
-        self.uri = f's3://{self.bucket}/{self._prefix}'
-        self.etags = LRUCache(limit=10_000)  # by key, for callers of put_if()
-        self._etag_forms = ['"{}"', '{}']  # AWS takes both, R2 the first one, Ceph 16 the other
-        self._lock = threading.Lock()  # one thread at a time may look up a session's credentials
+    def __init__(self, **settings):
+        known = Bucket.__annotations__
+        unknown = [name for name in settings if name not in known]
+        # None and '' mean 'not set'.
+        settings = {name: value for name, value in settings.items() if value not in (None, '')}
+        vars(self).update(settings)
+        del settings  # what follows may fail, and a traceback shows what a frame holds then
+        if unknown:
+            raise TypeError(f'unknown setting {unknown[0]!r}; known are {", ".join(known)}')
         self._session = session.Session(profile=self.aws_profile or None)
-        if self.aws_access_key_id:
-            self._session.set_credentials(*keys, self.aws_session_token)
         config = self._session.get_config_variable
-        self._attempts = config('max_attempts') or 5  # AWS_MAX_ATTEMPTS, the first one included
-        self._region = self.aws_region or config('region') or 'us-east-1'
-        self._session.set_config_variable('region', self._region)  # STS is asked there, too
+        self.aws_region = self.aws_region or config('region') or 'us-east-1'
+        if not self.endpoint_url and not config('ignore_configured_endpoint_urls'):
+            names = ('AWS_ENDPOINT_URL_S3', 'AWS_ENDPOINT_URL')
+            self.endpoint_url = next(filter(None, map(os.environ.get, names)), '')
+        self._check()
+        if self.aws_access_key_id:
+            self._session.set_credentials(self.aws_access_key_id, self.aws_secret_access_key,
+                self.aws_session_token)  # fmt: skip
+        self._session.set_config_variable('region', self.aws_region)  # STS is asked there, too
+        self._prefix = f'{self.base_path.strip("/")}/'.lstrip('/')
+        self.uri = f's3://{self.bucket}/{self._prefix}'
         self._root = self._find_root(config)
+        self._attempts = config('max_attempts') or 5  # AWS_MAX_ATTEMPTS, the first one included
+        self._etag_forms = ['"{}"', '{}']  # AWS takes both, R2 the first one, Ceph 16 the other
         self._http = httpsession.URLLib3Session(
             verify=config('ca_bundle') or os.environ.get('REQUESTS_CA_BUNDLE') or True,
             proxies=utils.get_environ_proxies(self._root),
             max_pool_connections=self.max_connections,
             socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],  # Nagle's delay is 40 ms a PUT
         )
+        self._lock = threading.Lock()  # one thread at a time may look up a session's credentials
+        self._threads = ThreadPoolExecutor(self.max_connections)  # which starts none yet
+
+    def _check(self) -> None:
+        for name, kind in Bucket.__annotations__.items():  # no value in a variable, see above
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f'{name} must be of type {kind.__name__}')
+            pattern, meaning = RULES.get(name, PRINTABLE)
+            if not re.fullmatch(pattern, str(getattr(self, name)), re.ASCII):
+                raise ValueError(f'{name} must be {meaning}')
+        if not all(map(is_printable, chain(self.headers.keys(), self.headers.values()))):
+            raise ValueError(f'headers must be names and values of {PRINTABLE[1]}')
+        is_pair = bool(self.aws_access_key_id) == bool(self.aws_secret_access_key)
+        if not is_pair or (self.aws_session_token and not self.aws_access_key_id):
+            raise ValueError('aws_access_key_id and aws_secret_access_key go together')
 
     # The verbs
     def get(self, key: str) -> tuple[bytes | None, str | None]:
         """The object's bytes and its etag, or None and None where there is no such key."""
-        missing = {'NoSuchKey', 'AccessDenied'} if self.denied_is_missing else {'NoSuchKey'}
+        missing = ('NoSuchKey', 'AccessDenied') if self.denied_is_missing else ('NoSuchKey',)
         return self._send('GET', key, missing)
 
     def put(self, key: str, value: bytes) -> None:
         """Write the object, whatever was there."""
-        self._send('PUT', key, set(), value, self.headers)
+        self._send('PUT', key, (), value, self.headers)
 
     def put_if(self, key: str, value: bytes, etag: str | None) -> tuple[bytes | None, str | None]:
         """Write the object if it has this etag or, where the etag is None, if there is no object.
@@ -122,328 +163,505 @@ class Bucket:
         Returns what is there then, as get() does: this value, or what others have written. Costs
         a PUT; one more until it is known how the store takes etags; a GET where it was refused.
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
-        forms = self._etag_forms if etag else ['*']
-        refusals = {412, 'NoSuchKey'}
-        for form in forms:
+        refusals = ['PreconditionFailed', '412', 'NoSuchKey']  # the second one without a body
+        for form in self._etag_forms if etag else ['*']:
             condition = {'If-Match': form.format(etag)} if etag else {'If-None-Match': form}
             _, new_etag = self._send('PUT', key, refusals, value, self.headers | condition)
             if new_etag is not None:
                 self._etag_forms = [form] if etag else self._etag_forms
                 return value, new_etag
-            refusals.add('InvalidArgument')  # R2's answer to an etag without quotes
+            refusals.append('InvalidArgument')  # R2's answer to an etag without quotes
+        # Refused: by what others wrote, or by this value, if it was written but the answer lost.
         return self.get(key)
 
     def delete(self, key: str) -> None:
         """Delete the object, if there is one."""
-        self._send('DELETE', key, {'NoSuchKey'})
+        self._send('DELETE', key, ('NoSuchKey',))
+
+    def run(self, function: Callable, items: list) -> Iterator[tuple]:
+        """Yield (item, function(item)) in order; several run at once, in threads.
+
+        All callers share `max_connections` threads. An error waits for nothing that still runs."""
+        values = map(function, items)  # one after the other
+        if len(items) > 1:
+            with suppress(RuntimeError):  # the main thread has ended, or threads are limited
+                values = self._threads.map(function, items)
+        yield from zip(items, values)
 
     # The environment
-    def _find_root(self, config) -> str:
+    def _find_root(self, config: Callable) -> str:
         """The URL that all keys come after."""
-        endpoint = self.endpoint_url
-        if not endpoint and not config('ignore_configured_endpoint_urls'):
-            endpoint = os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL')
-        if endpoint:
-            if not re.match('https?://[^/@]+(/|$)', endpoint):
-                raise ValueError('endpoint_url must begin with http://HOST or https://HOST')
-            return f'{endpoint.rstrip("/")}/{self.bucket}/'
+        if self.endpoint_url:
+            return f'{self.endpoint_url.rstrip("/")}/{self.bucket}/'
         # Only the suffix depends on the partition; botocore's list begins with the public one.
         known = self._session.get_component('data_loader').load_data('partitions')['partitions']
-        partition = next((p for p in known if re.match(p['regionRegex'], self._region)), known[0])
+        found = next((p for p in known if re.match(p['regionRegex'], self.aws_region)), known[0])
         fips = '-fips' if config('use_fips_endpoint') else ''
         dual_stack = '.dualstack' if config('use_dualstack_endpoint') else ''
-        host = f's3{fips}{dual_stack}.{self._region}.{partition["outputs"]["dnsSuffix"]}'
+        host = f's3{fips}{dual_stack}.{self.aws_region}.{found["outputs"]["dnsSuffix"]}'
         is_label = utils.check_dns_name(self.bucket)  # S3's certificate is for names without dots
         return f'https://{self.bucket}.{host}/' if is_label else f'https://{host}/{self.bucket}/'
 
     # Signing, and failures
     def _send(self, method, key, refusals, body=b'', put_headers=None):
         """The object's bytes and etag, or None and None if S3 answers with one of the refusals."""
-        path = self._prefix + key
-        if UNSAFE.search(path):
-            raise ValueError(f"{path!r} has '.', '..' or control characters, not safe in a key")
-        url = self._root + utils.percent_encode(path, safe='/-._~')
+        # Proxies resolve the segments '.' and '..' (RFC 3986, 5.2.4), so each gets a '%' at its
+        # end, and one that has such an end gets another: no two keys become the same.
+        path = DOTS.sub(r'\g<0>%', self._prefix + key)
+        url = self._root + quote(path, safe='/-._~', errors='backslashreplace')
         operation = f'{method} {self.uri}{key}'
         for attempt in count(1):
             try:
                 request = awsrequest.AWSRequest(method, url, put_headers, body)  # a new date
                 return self._send_once(request, operation, refusals)
-            except (exceptions.ClientError, *LOST) as error:
+            except (exceptions.ClientError, *TRANSIENT_ERRORS) as error:
                 if attempt >= self._attempts or not is_transient(error):
                     raise
-                pause = random.uniform(0, min(0.1 * 2**attempt, 20))  # seconds
-                logger.warning(f'{operation}: {error}; attempt {attempt + 1} in {pause:.1f} s')
-                time.sleep(pause)
+                is_answer = isinstance(error, exceptions.ClientError)
+                code = error.response['Error']['Code'] if is_answer else type(error).__name__
+                # A store that answers has too much to do: it needs longer than a lost connection.
+                first = 1.0 if is_answer else 0.2  # seconds
+                longest = min(first * 2 ** min(attempt - 1, 7), 20)  # without overflow
+                pause = random.uniform(0, longest)  # so that not all come back at once
+                logger.warning('%s: %s; attempt %d in %.1f s', operation, code, attempt + 1, pause)
+            time.sleep(pause)
 
     def _send_once(self, request, operation, refusals):
-        with self._lock:
-            credentials = self._session.get_credentials()
-        frozen = credentials and credentials.get_frozen_credentials()  # None: add_auth() raises
-        auth.S3SigV4Auth(frozen, 's3', self._region).add_auth(request)
-        try:
-            answer = self._http.send(request.prepare())
-        except exceptions.HTTPClientError as error:
-            # botocore has wrapped what was raised in send(), a task's soft time limit as well.
-            raise (error if isinstance(error, LOST) else error.kwargs['error']) from None
-        status, headers, content = answer.status_code, answer.headers, answer.content
-        if len(content) != int(headers.get('content-length', len(content))):
+        self._sign(request)
+        answer = self._exchange(request)
+        status = answer.status_code
+        if len(answer.content) != int(answer.headers.get('content-length', len(answer.content))):
             raise exceptions.ConnectionClosedError(endpoint_url=f'{request.url} (cut short)')
-        if request.method == 'PUT' and status == 200 and b'<Error' in content:
+        if request.method == 'PUT' and status == 200 and b'<Error' in answer.content:
             status = 500  # AWS may fail after it has said 200
         if status < 300:
-            return content, headers.get('etag', '').removeprefix('W/').strip('"')
-        parse = parsers.create_parser('rest-xml').parse  # with no shape (None), it reads any error
-        refusal = parse({'status_code': status, 'headers': headers, 'body': content}, None)
-        if status in refusals or refusal.get('Error', {}).get('Code') in refusals:
+            etag = answer.headers.get('etag', '')
+            return answer.content, etag.removeprefix('W/').strip('"')
+        refusal = read_refusal(answer, status)
+        if refusal['Error']['Code'] in refusals:
             return None, None
-        region = headers.get('x-amz-bucket-region', self._region)  # if not ours, set aws_region
-        details = f'HTTP {status}, region {region}, request {headers.get("x-amz-request-id")}'
+        details = f'HTTP {status}, region {self.aws_region}'
+        for name in 'x-amz-bucket-region', 'x-amz-request-id':
+            if name in answer.headers:
+                details += f', {name} {answer.headers[name]}'
         raise exceptions.ClientError(refusal, f'{operation} ({details})')
 
+    def _sign(self, request):
+        """Sign with the credentials of the moment, which change where a role gives them.
 
-class S3Backend(KeyValueStoreBackend):
-    """Celery's results, groups and chords in a `Bucket`. Celery calls all that is not 'Ours'."""
+        No frame that holds a secret is left when a request fails: a traceback shows the locals."""
+        with self._lock:
+            credentials = self._session.get_credentials()
+        if credentials is None:
+            raise exceptions.NoCredentialsError()
+        signer = auth.S3SigV4Auth(credentials.get_frozen_credentials(), 's3', self.aws_region)
+        signer.add_auth(request)
+        if not is_printable(request.headers.get('X-Amz-Security-Token', '')):
+            raise exceptions.InvalidConfigError(error_msg=f'session token: not {PRINTABLE[1]}')
+
+    def _exchange(self, request):
+        try:
+            return self._http.send(request.prepare())
+        except BaseException as error:
+            failure = error
+        if type(failure) is exceptions.HTTPClientError:  # whose subclasses are lost connections
+            failure = failure.kwargs['error']  # for example a task's soft time limit
+        # The frames of send() hold the signed headers, a session token among them: cut them off.
+        raise failure.with_traceback(None) from None
+
+
+def read_refusal(answer, status: int) -> dict:
+    """What ClientError takes of an answer: the code, the message and the metadata.
+
+    S3's answer to a wrong signature also repeats the signed headers, and so a session token."""
+    given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
+    parsed = parsers.create_parser('rest-xml').parse(given, None)  # of no shape: any error
+    error = {name: parsed.get('Error', {}).get(name, '') for name in ('Code', 'Message')}
+    return {'Error': error, 'ResponseMetadata': parsed['ResponseMetadata']}
+
+
+class S3KeyValueBackend(KeyValueStoreBackend):
+    """A whole backend, with Celery's own ways of storing, waiting and running chords."""
 
     supports_result_compression = True  # the setting result_compression takes effect
-    key_t = bytes_to_str  # keys are str (Celery's __init__ unbinds it)
     exception_safe_to_retry = staticmethod(is_transient)  # for result_backend_always_retry
 
     def __init__(self, app, *args, **kwargs):
-        conf = app.conf  # with a namespace, as in Django, it has the second name
-        given = conf.get('CELERY_S3_BACKEND_SETTINGS') or conf.get('s3_backend_settings') or {}
-        try:
-            # None and '' mean 'not set'; an unknown name is an error, whatever it is set to.
-            unset = [name for name in Bucket.__annotations__ if given.get(name) in (None, '')]
-            self._settings = {name: given[name] for name in given if name not in unset}
-            self._buckets = {os.getpid(): Bucket(**self._settings)}
-        except (AttributeError, TypeError, ValueError, exceptions.BotoCoreError) as error:
-            known = f'a dict of {", ".join(Bucket.__annotations__)}'
-            raise ImproperlyConfigured(f'CELERY_S3_BACKEND_SETTINGS, {known}: {error}') from error
-        super().__init__(app, *args, **kwargs)  # after the bucket: it reads implements_incr
+        super().__init__(app, *args, **kwargs)
         self.thread_safe = True  # after super(), which resets it; else each thread has a backend
+        # In lower case, or with a namespace as in Django, they have the second name.
+        name, other = 'CELERY_S3_BACKEND_SETTINGS', 's3_backend_settings'
+        self._settings = app.conf.get(name) or app.conf.get(other) or {}
+        try:
+            self._buckets = {os.getpid(): Bucket(**self._settings)}
+        except (TypeError, ValueError, exceptions.BotoCoreError) as error:
+            raise ImproperlyConfigured(f'{name}: {error}') from error
+
+    def get(self, key: bytes | str) -> bytes | None:
+        return self.bucket.get(self.key_t(key))[0]
+
+    def set(self, key: bytes | str, value: bytes | str) -> None:
+        self.bucket.put(self.key_t(key), ensure_bytes(value))
+
+    def delete(self, key: bytes | str) -> None:
+        self.bucket.delete(self.key_t(key))
+
+    def mget(self, keys: list) -> dict:
+        return dict(self.bucket.run(self.get, keys))
+
+    def as_uri(self, include_password: bool = False) -> str:
+        return self.bucket.uri
+
+    @staticmethod
+    def key_t(key) -> str:
+        """Celery makes keys of ids with it: strings, bytes, UUIDs, in odd messages also others."""
+        return bytes_to_str(key) if isinstance(key, bytes) else str(key)
 
     @property
     def bucket(self) -> Bucket:
         """Ours: this process's own, as neither connections nor locks may cross a fork."""
         if os.getpid() not in self._buckets:
-            self._buckets[os.getpid()] = Bucket(**self._settings)
+            self._buckets.setdefault(os.getpid(), Bucket(**self._settings))
         return self._buckets[os.getpid()]
 
-    def as_uri(self, include_password: bool = False) -> str:
-        return self.bucket.uri
 
-    def get(self, key: bytes | str) -> bytes | None:
-        return self.bucket.get(bytes_to_str(key))[0]
+# Storing
+class S3StoringBackend(S3KeyValueBackend):
+    """A state is stored by one PUT, which cannot replace a SUCCESS.
 
-    def set(self, key: bytes | str, value: bytes | str) -> None:
-        self.bucket.put(bytes_to_str(key), ensure_bytes(value))
-
-    def delete(self, key: bytes | str) -> None:
-        self.bucket.delete(bytes_to_str(key))
-
-    def _start_threads(self, size: int):
-        """Ours: a pool for so many looks at once; nothing for one, or where none can start."""
-        size = min(size, self.bucket.max_connections)
-        try:
-            return ThreadPool(size) if size > 1 else nullcontext()
-        except (RuntimeError, AttributeError) as error:  # the latter by ThreadPool's clean-up
-            if type(error) is AttributeError and not isinstance(error.__context__, RuntimeError):
-                raise (error.__context__ or error) from None  # a task's soft time limit
-            return nullcontext()
-
-    def _look(self, pool, look, ids: list, size: float, ready=states.READY_STATES):
-        """Ours: look at `size` tasks at once, then at three times as many, until one is pending.
-
-        Yield (id, meta) of those that are ready. The pending ones go to the list's end, where
-        they hide nobody who is ready."""
-        pending = []
-        while ids and not pending:
-            batch = ids[: max(1, int(size))]
-            del ids[: len(batch)]
-            look_at_all = pool.imap_unordered if pool and len(batch) > 1 else map
-            for task_id, meta in look_at_all(lambda task_id: (task_id, look(task_id)), batch):
-                if meta['status'] in ready:
-                    yield task_id, meta
-                else:
-                    pending.append(task_id)
-            size = 3 * len(batch)
-        ids.extend(pending)
-
-    # Storing: a state in one PUT that cannot replace a SUCCESS.
+    Celery's own way reads first, and replaces a SUCCESS that is stored between its two requests."""
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        if getattr(request, 'id', None) == task_id:  # not where a task stores another's state
-            request.stored = state  # tells on_chord_part_return() that it need not
+        """Store the state on condition that nobody else has stored one since this task's last.
+
+        The states of a task share its request, so the last one's etag is remembered there."""
         if not self.bucket.conditional_writes:
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         meta = self._get_result_meta(result, state, traceback, request)
-        value = ensure_bytes(self.encode(meta | {'task_id': bytes_to_str(task_id)}))
+        value = ensure_bytes(self.encode(meta | {'task_id': self.key_t(task_id)}))
         key = self.get_key_for_task(task_id)
-        etag = self.bucket.etags.data.get(key)  # LRUCache.get() fails when another thread evicts
-        for _ in range(20):  # each time, others have written it between our two requests
+        is_own = getattr(request, 'id', None) == task_id  # else another task's state
+        etag = getattr(request, '_celery_s3_etag', None) if is_own else None
+        for attempt in range(20):
             found, etag = self.bucket.put_if(key, value, etag)
-            if found == value and state != states.SUCCESS:  # which nothing replaces
-                self.bucket.etags[key] = etag
-            if found == value or (found and self.decode(found)['status'] == states.SUCCESS):
+            if found == value:
+                if is_own and state != states.SUCCESS:  # a SUCCESS is not to be replaced
+                    request._celery_s3_etag = etag
                 return result
-        raise BackendStoreError('others write it or hide it', state=state, task_id=task_id)
+            if found and self.decode(found)['status'] == states.SUCCESS:
+                return result
+            # Others have written. Where they do so twice, a state that is not final counts as
+            # written just before theirs: many tasks may report progress on their parent's id.
+            if attempt > 0 and state not in states.READY_STATES:
+                return result
+        problem = 'others store states of this task all the time, or s3:GetObject is not allowed'
+        raise BackendStoreError(problem, state=state, task_id=task_id)
 
-    # Waiting: the longer it takes, the less often it asks.
 
-    supports_native_join = True  # groups are joined by iter_native(), not task by task
+# Waiting
+DEFAULT_INTERVAL = 0.5  # seconds; Celery passes it to get() where the caller gives no interval
+FIRST_PAUSE = 0.5  # seconds between two looks at pending tasks, after something became ready
+LONGEST_PAUSE = 30  # seconds between two looks at pending tasks
 
-    def wait_for(self, task_id, timeout=None, interval=NO_INTERVAL, no_ack=True, on_interval=None):
+
+def find_tasks(results: list) -> Iterator:
+    """Yield the results of all single tasks, those in groups within groups as well."""
+    for result in results:
+        yield from find_tasks(result.results) if isinstance(result, ResultSet) else [result]
+
+
+def look_until_pending(bucket: Bucket, look: Callable, ids: list, size: int) -> Iterator[tuple]:
+    """Look at `size` tasks at once, then at three times as many, until one of them is pending.
+
+    Yields the id and the meta of each task that was looked at, of the pending ones as well."""
+    pending = []
+    while ids and not pending:
+        for task_id, meta in bucket.run(look, ids[:size]):
+            if meta['status'] not in states.READY_STATES:
+                pending.append(task_id)
+            yield task_id, meta
+        ids = ids[size:]
+        size *= 3
+
+
+class S3WaitingBackend(S3KeyValueBackend):
+    """The longer a task takes, the less often it is asked for; many tasks are asked for at once.
+
+    Celery's own way asks for one task after the other, each of them twice a second."""
+
+    supports_native_join = True  # so a group's get() calls iter_native()
+
+    def wait_for(self, task_id, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
+            on_interval=None):  # fmt: skip
+        """The task's meta, as soon as it is ready. Raises Celery's TimeoutError."""
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
-    def iter_native(self, result, *args, **kwargs):
-        # join_native() calls get() on a group's results: so they come last, when all are ready.
-        tasks = {task.id: task for task in find_tasks(result.results)}
-        direct = {one.id for one in result.results}  # tasks, and groups
-        for task_id, meta in self.get_many(tasks, *args, **kwargs):
-            tasks[task_id]._maybe_set_cache(meta)  # which the task's own get() returns
-            if task_id in direct:
-                yield task_id, meta
-        yield from ((one.id, one.results) for one in result.results if hasattr(one, 'results'))
+    def get_many(self, task_ids, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
+            on_message=None, on_interval=None, max_iterations=None,
+            READY_STATES=states.READY_STATES):  # fmt: skip
+        """Yield the id and the meta of each task as soon as it is ready, in whatever order.
 
-    def get_many(self, task_ids, timeout=None, interval=NO_INTERVAL, no_ack=True, on_message=None,
-            on_interval=None, max_iterations=None, READY_STATES=states.READY_STATES):  # fmt: skip
-        """Yield (task id, meta) of each task once it is ready, in whatever order they end."""
-        ids = list(dict.fromkeys(map(bytes_to_str, task_ids)))
-        latest = time.monotonic()  # when something last became ready, or the beginning
+        Raises Celery's TimeoutError, `timeout` seconds after the beginning. get_task_meta() puts
+        into Celery's cache what may not change any more: a SUCCESS."""
+        waiting = dict.fromkeys(map(bytes_to_str, task_ids))  # a set that keeps its order
+        latest = time.monotonic()  # when something became ready, or the beginning
         deadline = float('inf') if timeout is None else latest + timeout
-        pause = FIRST_PAUSE if interval in (None, NO_INTERVAL) else interval
-        with self._start_threads(len(ids)) as pool:
-            for _ in islice(count(), max_iterations or None):  # None: without end
-                whole = max_iterations or len(ids) == 1 or time.monotonic() >= deadline
-                size = len(ids) if whole else 2 * pause  # two looks a second, as Celery's
-                for task_id, meta in self._look(pool, self.get_task_meta, ids, size, READY_STATES):
-                    self._cache[task_id] = meta  # as Celery's own, where result_cache_max is set
-                    if on_message is not None:
-                        on_message(meta)
-                    yield task_id, meta
-                    latest = time.monotonic()
-                if not ids:
-                    return
-                if whole and time.monotonic() >= deadline:
-                    raise self.TimeoutError(f'The operation timed out ({timeout})')
-                if interval in (None, NO_INTERVAL):  # the caller has none of its own
-                    pause = min(max(FIRST_PAUSE, (time.monotonic() - latest) / 10), LONGEST_PAUSE)
-                time.sleep(max(0, min(pause, deadline - time.monotonic())))
-                if on_interval:
-                    on_interval()  # before the next look: a parent's own error comes first
+        for _ in islice(count(), max_iterations):  # without end where it is None
+            ids = list(waiting)
+            pause = interval
+            if interval in (None, DEFAULT_INTERVAL):  # the caller has none of its own
+                pause = min(max(FIRST_PAUSE, (time.monotonic() - latest) / 10), LONGEST_PAUSE)
+            size = max(1, int(2 * pause))  # two looks a second, as Celery at one task
+            if max_iterations or time.monotonic() >= deadline:
+                size = len(ids)
+            for task_id, meta in look_until_pending(self.bucket, self.get_task_meta, ids, size):
+                del waiting[task_id]
+                if meta['status'] not in READY_STATES:
+                    waiting[task_id] = None  # at the end, where it keeps no other one back
+                    continue
+                if on_message is not None:
+                    on_message(meta)
+                yield task_id, meta
+                latest = time.monotonic()  # without the time that the caller took
+            if not waiting:
+                return
+            # Time is up once all were looked at: what is ready is handed over before.
+            if size >= len(ids) and time.monotonic() >= deadline:
+                raise self.TimeoutError(f'The operation timed out ({timeout})')
+            time.sleep(max(0, min(pause, deadline - time.monotonic())))
+            if on_interval is not None:
+                on_interval()  # it may raise the error of a task's parent
 
-    # Chords: without polling; a note in S3 says which part goes on.
+    def iter_native(self, result, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
+            on_message=None, on_interval=None):  # fmt: skip
+        """Yield the id and the meta of each task; at last the id and the results of each group.
 
-    implements_incr = property(lambda self: self.bucket.conditional_writes)  # else Celery polls
-    incr = staticmethod(lambda key: 1)  # Celery counts the ended parts up to chord_size, here 1
-    _found = {}  # Ours: a chord's group and its parts' metas, by id, for Celery's join
-
-    def _apply_chord_incr(self, header_result_args, body, **kwargs):
-        group_id, results = header_result_args
-        *_, last = find_tasks(results)
-        body.options['note'] = group_id  # each part receives this body as request.chord
-        # The note begins as the last part's id: mostly they end in order, and the others leave.
-        self.bucket.put_if(self.get_key_for_chord(group_id), last.id.encode(), None)
-        super()._apply_chord_incr(header_result_args, body, **kwargs)  # saves the group
-
-    def on_chord_part_return(self, request, state, result, **kwargs):
-        if not isinstance(request.chord, dict) or not request.id:
-            return  # Celery asks about tasks that are in no chord, too
-        if getattr(request, 'stored', None) != state:  # ignore_result, but the body needs it
-            self.store_result(request.id, result, state, request=request)
-        body = dict(request.chord, options=dict(request.chord.get('options') or {}), chord_size=1)
-        group_id = body['options'].pop('note', None)  # none where the client lets the chord poll
-        if group_id and self.implements_incr and self._go_on(request.id, group_id, body):
-            part = Context(id=request.id, group=group_id, chord=body)  # all that super() reads
-            request.chord = None  # what fails from here on must not report the part once more
-            try:
-                super().on_chord_part_return(part, state, result, **kwargs)
-            finally:
-                self._found = {}
-
-    def _go_on(self, part: str, group_id: str, body: dict) -> bool:
-        """Ours: whether all parts have ended, and this delivery of one is to send the body.
-
-        The note is 'LAST', 'MINE awaits THAT' or 'MINE sends NONCE', a word a line. All but NONCE
-        are ids of parts: one that has ended and finds its id there goes on with the chord."""
-        key = self.get_key_for_chord(group_id)
-        note, etag = self.bucket.get(key)
-        words = (note or b'').decode().split('\n')
-        if part not in words:
-            return False
-        body_id = body['options'].get('task_id')
-        # Where an earlier delivery sends the body, its worker may have died before it did.
-        for seconds in (0, LONGEST_SENDING) if words[1:2] == ['sends'] else ():
-            time.sleep(seconds)
-            has_begun = body_id and self.get_state(body_id) != states.PENDING
-            if has_begun or self.restore_group(group_id, cache=False) is None:
-                return False  # once the body is sent, Celery deletes the group
-        group = self.restore_group(group_id, cache=False)
-        tasks = [task.id for task in find_tasks(group.results if group else [])]
-        ids = random.sample(tasks, len(tasks))  # in one order, all would look at the same first
-        found = {group_id: group}
-        while True:
-            with self._start_threads(len(ids)) as pool:
-                found.update(self._look(pool, self._look_at_part, ids, 1))
-            words = ['awaits', ids[-1]] if ids else ['sends', os.urandom(16).hex()]
-            note = '\n'.join([part, *words]).encode()
-            there, etag = self.bucket.put_if(key, note, etag)
-            if there != note:
-                return False  # another part, or another delivery of this one, went ahead
-            if not ids:
-                self._found = found
-                return True
-            # The awaited one may have read the older note and gone: if it has ended, we go on.
-            if self._look_at_part(ids[-1])['status'] not in states.READY_STATES:
-                return False
-
-    def restore_group(self, group_id, cache=True):
-        return self._found.get(group_id) or super().restore_group(group_id, cache)
-
-    def get_task_meta(self, task_id, cache=True):
-        return self._found.get(task_id) or super().get_task_meta(task_id, cache)
-
-    def _look_at_part(self, task_id: str) -> dict:  # Ours: get_task_meta() would raise or cache
-        value = self.get(self.get_key_for_task(task_id))
-        try:
-            return self.decode_result(value) if value else {'status': states.PENDING}
-        except Exception as error:  # whatever a serializer raises: the chord fails with it
-            return {'status': states.FAILURE, 'result': error}
-
-    def chord_error_from_stack(self, callback, exc=None):
-        """The body will not be sent, because a part has failed: so it has failed, too."""
-        # Before Celery 5.6, a chain has no id, by which super() stores the error.
-        callback.options.setdefault('task_id', next(iter(find_ends(callback)), callback).id)
-        super().chord_error_from_stack(callback, exc)
-        self._fail_ends(callback, exc)
-
-    def _fail_chain(self, chain, exc, *args, **kwargs):
-        """A task has failed: so those that are chained after it have failed, too."""
-        super()._fail_chain(chain, exc, *args, **kwargs)
-        if isinstance(chain, list) and chain:  # else None, or an odd message's
-            self._fail_ends(canvas.maybe_signature(chain[0], self.app), exc)  # last first
-
-    def _fail_ends(self, signature, exc):
-        """Ours: store the error of each task that this ends with, and tell the task's chord.
-
-        Celery leaves out those in groups and chords. And where an error is stored already, it does
-        not tell the chord, although a worker may have died between the two."""
-        for task in filter(lambda task: task.id, find_ends(signature)):
-            request = Context(task.options, id=task.id, stored=states.FAILURE)  # not once more
-            is_stored = self.get_state(task.id) in states.READY_STATES
-            self.mark_as_failure(task.id, exc, request=request, store_result=not is_stored)
+        join_native(), which calls it, then asks the results of that group, one after the other:
+        they have been given their metas before. It has one place for each id."""
+        members = {member.id for member in result.results}
+        if len(members) < len(result.results):
+            raise ValueError('an id stands twice in this set: use join() in place of get()')
+        tasks = {task.id: task for task in find_tasks(result.results)}
+        known = {task_id: tasks[task_id]._cache for task_id in tasks if tasks[task_id]._cache}
+        unknown = [task_id for task_id in tasks if task_id not in known]
+        found = self.get_many(unknown, timeout, interval, no_ack, on_message, on_interval)
+        for task_id, meta in chain(known.items(), found):
+            if task_id not in known:
+                tasks[task_id]._maybe_set_cache(meta)
+            if task_id in members:
+                yield task_id, meta
+        for member in result.results:
+            if isinstance(member, ResultSet):
+                yield member.id, member.results
 
 
-def find_tasks(results: list):
-    """Yield the results of all single tasks, those in groups inside of groups as well."""
-    for result in results:
-        yield from find_tasks(result.results) if hasattr(result, 'results') else [result]
+# Chords
+LONGEST_SENDING = 30  # seconds; a worker that lives takes less to send the body of a chord
+CHORD_ID = 'celery_s3_chord_id'  # an option of the body, by which the parts find the note
 
 
 def find_ends(signature) -> list:
-    """The tasks whose results are those of a task, group, chain or chord."""
-    while signature.subtask_type in ('chain', 'chord'):
-        signature = signature.body if signature.subtask_type == 'chord' else signature.tasks[-1]
-    if signature.subtask_type != 'group':
-        return [signature]
-    return [end for task in signature.tasks for end in find_ends(task)]
+    """The tasks whose results are the result of this task, group, chain or chord."""
+    signature = canvas.maybe_signature(signature)  # a dict, where it comes from a message
+    if signature.subtask_type == 'chord':
+        return find_ends(signature.body)
+    if signature.subtask_type == 'chain':
+        return find_ends(signature.tasks[-1])
+    if signature.subtask_type == 'group':
+        return [end for task in signature.tasks for end in find_ends(task)]
+    return [signature]
+
+
+def make_tree(results: list) -> list:
+    """The ids of the results' tasks, in lists within lists where there are groups in groups."""
+    return [
+        make_tree(one.results) if isinstance(one, ResultSet) else str(one.id) for one in results
+    ]
+
+
+def find_ids(tree: list) -> Iterator[str]:
+    """Yield all ids in the tree."""
+    for one in tree:
+        yield from find_ids(one) if isinstance(one, list) else [one]
+
+
+def join(tree: list, metas: dict) -> list:
+    """The tree with the tasks' values in place of their ids."""
+    return [join(one, metas) if isinstance(one, list) else metas[one]['result'] for one in tree]
+
+
+def read_record(record: bytes | None) -> list:
+    """The tree of a chord's header. Raises ChordError where there is none."""
+    if record is None:
+        raise ChordError('GroupResult no longer exists')
+    try:
+        return json.loads(record)['header']
+    except (LookupError, TypeError, ValueError) as error:
+        raise ChordError(f'Cannot restore group: {error!r}') from error
+
+
+class S3ChordBackend(S3KeyValueBackend):
+    """Chords without polling: an object in S3, the note, says who goes on with the chord.
+
+    Celery's own way is a task that looks at all parts every second. (A part is a task of the
+    chord's header; the body is the task that receives the results of all parts.)
+
+    A chord has two objects: its record, which is the header's GroupResult, and its note:
+
+    {"next": ["LAST"]}                   The client writes it before the header is published: the
+                                         last part goes on when it has ended. Mostly parts end in
+                                         order, and the others just read the note and are done.
+    {"next": ["MINE", "OTHER"]}          Part MINE has ended and found OTHER pending: OTHER goes on
+                                         when it has ended. MINE stays in it, as its worker may
+                                         die; then MINE is delivered again, and goes on.
+    {"next": ["MINE"], "sender": NONCE}  MINE has found that all have ended. It sends the body, and
+                                         deletes the record and the note.
+
+    A part that ends stores its result and then reads the note. If its id is in it, it looks at the
+    results of the others, and writes one of the last two forms, on condition that the note is the
+    one that it has read. Of several that write at once, one succeeds.
+
+    No chord is left alone. MINE writes that it awaits OTHER, and then looks at OTHER's result once
+    more; OTHER stores its result, and then reads the note. S3 shows to each read what was written
+    before it, so one of the two sees what the other has written. If both do, both go on, and one
+    conditional write succeeds."""
+
+    def apply_chord(self, header_result_args, body, **kwargs):
+        """Write the note and the record; the header is published after that.
+
+        If the starter of the chord is delivered twice, the note is the one that is there."""
+        if not self.bucket.conditional_writes:
+            return super().apply_chord(header_result_args, body, **kwargs)
+        header = self.app.GroupResult(*header_result_args)
+        tree = make_tree(header.results)
+        *_, last = find_ids(tree)
+        # Not the header's id alone: under that the user may save or delete its GroupResult.
+        body.options[CHORD_ID] = chord_id = f'{header.id}.{last}'
+        # The record is written last and deleted first: no note without it can start a chord.
+        note = json.dumps({'next': [last]}).encode()
+        self.bucket.put_if(self.get_key_for_chord(chord_id), note, None)
+        self.set(self.get_key_for_group(chord_id), json.dumps({'header': tree}))
+        logger.debug('chord %s: begun, %s goes on', chord_id, last)
+
+    def store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
+        """As Celery's; but the task's request remembers the state, for on_chord_part_return()."""
+        stored = super().store_result(task_id, result, state, traceback, request, **kwargs)
+        if getattr(request, 'id', None) == task_id:  # else it is another task's state
+            request._celery_s3_state = state
+        return stored
+
+    def on_chord_part_return(self, request, state, result, **kwargs):
+        """A task has ended; Celery also asks about tasks that are in no chord."""
+        if not isinstance(request.chord, dict) or not request.id:
+            return
+        # Celery has stored the result, unless it is to be ignored. But the body needs it.
+        if getattr(request, '_celery_s3_state', None) != state:
+            self.store_result(request.id, result, state, request=request)
+        options = request.chord.get('options')
+        if isinstance(options, dict) and CHORD_ID in options:  # else the chord polls
+            self._go_on(str(request.id), options[CHORD_ID], request.chord)
+
+    def _go_on(self, part: str, chord_id: str, body: dict) -> None:
+        """Ours: what a part does that has stored its result. The class says why."""
+        key = self.get_key_for_chord(chord_id)
+        value, etag = self.bucket.get(key)
+        note = json.loads(value or '{"next": []}')  # there is none once the body was sent
+        if part not in note['next']:
+            return
+        if 'sender' in note:  # an earlier delivery of this part; perhaps its worker has died
+            if not self._was_sent(chord_id, body):
+                logger.info('chord %s: %s waits %d s', chord_id, part, LONGEST_SENDING)
+                time.sleep(LONGEST_SENDING)
+            if self._was_sent(chord_id, body):
+                return
+        record = self.get(self.get_key_for_group(chord_id))
+        ids = []
+        with suppress(ChordError):  # _end() will fail the body with it
+            ids = list(dict.fromkeys(find_ids(read_record(record))))
+        metas = {}  # of the parts that have ended
+        while True:
+            left = [task_id for task_id in ids if task_id not in metas]
+            left = random.sample(left, len(left))  # in one order, all would look at the same ones
+            awaited = None
+            for task_id, meta in look_until_pending(self.bucket, self._look_at_part, left, 1):
+                if meta['status'] in states.READY_STATES:
+                    metas[task_id] = meta
+                else:
+                    awaited = task_id
+            note = {'next': [part, awaited]}
+            if awaited is None:
+                note = {'next': [part], 'sender': uuid()}  # unlike that of another delivery
+            value = json.dumps(note).encode()
+            found, etag = self.bucket.put_if(key, value, etag)
+            if found != value:
+                return logger.debug('chord %s: %s leaves it to %s', chord_id, part, found)
+            logger.debug('chord %s: %s has written %s', chord_id, part, note)
+            if awaited is None:
+                return self._end(chord_id, body, record, metas)
+            # The awaited one may have read the older note and left: then this one goes on.
+            if self._look_at_part(awaited)['status'] not in states.READY_STATES:
+                return
+
+    def _was_sent(self, chord_id: str, body: dict) -> bool:
+        """Ours: whether the body shows a state, or the record is gone."""
+        body_id = body['options'].get('task_id')
+        if body_id and self.get(self.get_key_for_task(body_id)) is not None:
+            return True
+        return self.get(self.get_key_for_group(chord_id)) is None
+
+    def _look_at_part(self, task_id: str) -> dict:
+        """Ours: the task's meta. A result that cannot be decoded here is an error of the part."""
+        value = self.get(self.get_key_for_task(task_id))
+        try:
+            return self.decode_result(value) if value else {'status': states.PENDING}
+        except Exception as error:
+            return {'status': states.FAILURE, 'result': error}
+
+    def _end(self, chord_id: str, body: dict, record: bytes | None, metas: dict) -> None:
+        """Ours: send the body with the parts' values, or fail it; then delete record and note."""
+        options = {name: body['options'][name] for name in body['options'] if name != CHORD_ID}
+        signature = canvas.maybe_signature({**body, 'options': options}, app=self.app)
+        try:
+            tree = read_record(record)
+            for task_id in find_ids(tree):
+                if metas[task_id]['status'] in states.PROPAGATE_STATES:
+                    error = metas[task_id]['result']
+                    raise ChordError(f'Dependency {task_id} raised {safe_repr(error)}')
+            signature.apply_async((join(tree, metas),), retry=True, retry_policy=self.retry_policy)
+        except Exception as error:
+            if not isinstance(error, ChordError):
+                error = ChordError(f'Callback error: {safe_repr(error)}')
+            logger.error('chord %s: its body fails: %s', chord_id, error)
+            self.chord_error_from_stack(signature, error)
+        try:
+            self.delete(self.get_key_for_group(chord_id))
+            self.delete(self.get_key_for_chord(chord_id))
+        except Exception:  # if it left here, Celery would report the part once more
+            logger.exception('chord %s: has ended, but is not deleted', chord_id)
+
+    def chord_error_from_stack(self, callback, exc=None):
+        """The body has failed, because a part has: so all tasks within it have failed, too.
+
+        Celery leaves out some of them, and does not tell the chord that the body is a part of."""
+        ends = find_ends(callback)
+        if ends:  # before Celery 5.6, a chain has no id, by which super() stores the error
+            callback.options.setdefault('task_id', ends[0].id)
+        super().chord_error_from_stack(callback, exc)
+        self._fail_chain([callback], exc)
+
+    def _fail_chain(self, chain, exc, traceback=None, store_result=True, state=states.FAILURE):
+        """A task has failed: so the tasks that are chained after it have failed, too.
+
+        Celery leaves out those in groups, and tells some chords twice."""
+        for signature in chain if isinstance(chain, list) else []:  # an odd message has others
+            for task in find_ends(signature):
+                request = Context({**task, **task.options}, id=task.id)
+                if store_result and task.id:
+                    if self.get(self.get_key_for_task(task.id)) is None:
+                        self.store_result(task.id, exc, state, traceback, request=request)
+                    request._celery_s3_state = state  # it keeps the error that it has
+                self.on_chord_part_return(request, state, exc)
+
+
+class S3Backend(S3ChordBackend, S3WaitingBackend, S3StoringBackend):
+    """Results, groups and chords in S3: `result_backend = 'celery_s3.S3Backend'`."""
