@@ -3,11 +3,9 @@
     app.conf.result_backend = 'celery_s3.S3Backend'
     app.conf.s3_backend_settings = {'bucket': 'my-results'}
 
-`Bucket` speaks signed S3 over HTTP and knows nothing of Celery. `S3KeyValueBackend` is a whole
-backend on it, with Celery's own ways of storing, waiting and running chords. Three subclasses
-improve on one of these ways each and know nothing of each other. `S3Backend` joins them: to take
-one out, take its name out there.
-"""
+`Bucket` speaks signed S3 over HTTP. `S3KeyValueBackend` is a whole backend on it, with Celery's
+own ways of storing, waiting and running chords. Three subclasses improve on one of these each, and
+know nothing of each other; `S3Backend` joins them. To do without one, take its name out there."""
 
 import json
 import logging
@@ -28,31 +26,25 @@ from botocore import auth, awsrequest, exceptions, httpsession, parsers, session
 from celery import canvas, states, uuid
 from celery.backends.base import Context, KeyValueStoreBackend
 from celery.exceptions import BackendStoreError, ChordError, ImproperlyConfigured
-from celery.result import ResultSet
+from celery.result import result_from_tuple
 from kombu.utils.encoding import bytes_to_str, ensure_bytes, safe_repr
 
 # What this module relies on though it is not public, or is documented nowhere:
-# - Celery (seen in 5.4.0, 5.5.3, 5.7.0): the methods that are overridden, which are all whose
-#   docstring does not begin with 'Ours'; `_store_result` and `_fail_chain` (new in 5.7) are among
-#   them. `_get_result_meta`, `_maybe_set_cache`, a result's `_cache`. Requests take attributes. A
-#   chord's parts receive the very body that apply_chord() was given.
-# - botocore (seen in 1.31.62 and 1.44.8): `URLLib3Session` and its `socket_options`, the `kwargs`
-#   of its errors, the 'rest-xml' parser without a shape, the `outputs` of the partitions.
-
-__all__ = ('Bucket', 'S3KeyValueBackend', 'S3Backend')
+# - Celery (seen in 5.4.0, 5.5.3, 5.7.0): methods that are overridden, which are all without an
+#   underscore but `bucket`, and `_store_result`, `_fail_chain` (new in 5.7); `_get_result_meta`,
+#   `_maybe_set_cache`, a result's `_cache`; that requests take attributes; that all parts of a
+#   chord receive the very body that apply_chord() was given.
+# - botocore (seen in 1.31.62, 1.44.8): `URLLib3Session` and its `socket_options`, the `kwargs` of
+#   its errors, the 'rest-xml' parser without a shape, the `outputs` of the partitions.
 __version__ = '2.0.0'
 backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # as in celery-s3 1.x
 logger = logging.getLogger(__name__)
-
-# Faults that may pass; 409 means that others write the same key at this moment, and a metadata
-# service that is busy has no credentials for a moment.
-# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; 409: others write it now.
 TRANSIENT_STATUSES = {409, 429, 500, 502, 503, 504}
 TRANSIENT_CODES = {'RequestTimeout', 'SlowDown', 'Throttling'}
 TRANSIENT_ERRORS = (exceptions.ConnectionError, exceptions.ConnectionClosedError,
     exceptions.ReadTimeoutError, exceptions.NoCredentialsError,
     exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)  # fmt: skip
-
 # What is pasted into a URL or a header has to be what it says it is: a pattern and its meaning.
 PRINTABLE = ('([!-~]([ -~]*[!-~])?)?', 'printable ASCII, with no space or newline at its ends')
 HOST = r'https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?'
@@ -63,8 +55,6 @@ RULES = {  # a directory bucket, NAME--ZONE--x-s3, has a host of its own
     'endpoint_url': (rf'({HOST}(/[\w.~/-]*)?)?', 'http://HOST or https://HOST, or with a port'),
     'max_connections': (r'[1-9]\d*', 'a whole number, 1 or more'),
 }
-DOTS = re.compile(r'(?<![^/])\.\.?%*(?![^/])')  # a whole segment of a path: '.', '..', '..%'
-NO_HEADERS: dict = {}
 
 
 # Errors
@@ -95,7 +85,7 @@ class Bucket:
     aws_secret_access_key: str = ''
     aws_session_token: str = ''
     endpoint_url: str = ''
-    headers: dict = NO_HEADERS  # sent with each PUT
+    headers: dict  # sent with each PUT; none where it is not set
     conditional_writes: bool = True  # else Celery reads before it writes, and chords poll
     denied_is_missing: bool = False  # without s3:ListBucket, S3 answers 403 for a missing key
     max_connections: int = 50
@@ -105,7 +95,7 @@ class Bucket:
         unknown = [name for name in settings if name not in known]
         # None and '' mean 'not set'.
         settings = {name: value for name, value in settings.items() if value not in (None, '')}
-        vars(self).update(settings)
+        vars(self).update({'headers': {}, **settings})
         del settings  # what follows may fail, and a traceback shows what a frame holds then
         if unknown:
             raise TypeError(f'unknown setting {unknown[0]!r}; known are {", ".join(known)}')
@@ -113,8 +103,8 @@ class Bucket:
         config = self._session.get_config_variable
         self.aws_region = self.aws_region or config('region') or 'us-east-1'
         if not self.endpoint_url and not config('ignore_configured_endpoint_urls'):
-            names = ('AWS_ENDPOINT_URL_S3', 'AWS_ENDPOINT_URL')
-            self.endpoint_url = next(filter(None, map(os.environ.get, names)), '')
+            endpoint = os.getenv('AWS_ENDPOINT_URL_S3') or os.getenv('AWS_ENDPOINT_URL')
+            self.endpoint_url = endpoint or ''
         self._check()
         if self.aws_access_key_id:
             self._session.set_credentials(self.aws_access_key_id, self.aws_secret_access_key,
@@ -126,7 +116,7 @@ class Bucket:
         self._attempts = config('max_attempts') or 5  # AWS_MAX_ATTEMPTS, the first one included
         self._etag_forms = ['"{}"', '{}']  # AWS takes both, R2 the first one, Ceph 16 the other
         self._http = httpsession.URLLib3Session(
-            verify=config('ca_bundle') or os.environ.get('REQUESTS_CA_BUNDLE') or True,
+            verify=config('ca_bundle') or os.getenv('REQUESTS_CA_BUNDLE') or True,
             proxies=utils.get_environ_proxies(self._root),
             max_pool_connections=self.max_connections,
             socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],  # Nagle's delay is 40 ms a PUT
@@ -179,9 +169,8 @@ class Bucket:
         self._send('DELETE', key, ('NoSuchKey',))
 
     def run(self, function: Callable, items: list) -> Iterator[tuple]:
-        """Yield (item, function(item)) in order; several run at once, in threads.
-
-        All callers share `max_connections` threads. An error waits for nothing that still runs."""
+        """Yield (item, function(item)) in order. Several run at once, in `max_connections` threads
+        that all callers share; an error waits for nothing that still runs."""
         values = map(function, items)  # one after the other
         if len(items) > 1:
             with suppress(RuntimeError):  # the main thread has ended, or threads are limited
@@ -205,10 +194,7 @@ class Bucket:
     # Signing, and failures
     def _send(self, method, key, refusals, body=b'', put_headers=None):
         """The object's bytes and etag, or None and None if S3 answers with one of the refusals."""
-        # Proxies resolve the segments '.' and '..' (RFC 3986, 5.2.4), so each gets a '%' at its
-        # end, and one that has such an end gets another: no two keys become the same.
-        path = DOTS.sub(r'\g<0>%', self._prefix + key)
-        url = self._root + quote(path, safe='/-._~', errors='backslashreplace')
+        url = self._root + quote(self._prefix + key, safe='/-._~', errors='backslashreplace')
         operation = f'{method} {self.uri}{key}'
         for attempt in count(1):
             try:
@@ -221,8 +207,8 @@ class Bucket:
                 code = error.response['Error']['Code'] if is_answer else type(error).__name__
                 # A store that answers has too much to do: it needs longer than a lost connection.
                 first = 1.0 if is_answer else 0.2  # seconds
-                longest = min(first * 2 ** min(attempt - 1, 7), 20)  # without overflow
-                pause = random.uniform(0, longest)  # so that not all come back at once
+                # Random, so that not all come back at once; the inner min() prevents an overflow.
+                pause = random.uniform(0, min(first * 2 ** min(attempt - 1, 7), 20))
                 logger.warning('%s: %s; attempt %d in %.1f s', operation, code, attempt + 1, pause)
             time.sleep(pause)
 
@@ -235,8 +221,7 @@ class Bucket:
         if request.method == 'PUT' and status == 200 and b'<Error' in answer.content:
             status = 500  # AWS may fail after it has said 200
         if status < 300:
-            etag = answer.headers.get('etag', '')
-            return answer.content, etag.removeprefix('W/').strip('"')
+            return answer.content, answer.headers.get('etag', '').removeprefix('W/').strip('"')
         refusal = read_refusal(answer, status)
         if refusal['Error']['Code'] in refusals:
             return None, None
@@ -247,9 +232,7 @@ class Bucket:
         raise exceptions.ClientError(refusal, f'{operation} ({details})')
 
     def _sign(self, request):
-        """Sign with the credentials of the moment, which change where a role gives them.
-
-        No frame that holds a secret is left when a request fails: a traceback shows the locals."""
+        # Those of a role change. They are in no variable, as a traceback shows what is in one.
         with self._lock:
             credentials = self._session.get_credentials()
         if credentials is None:
@@ -263,17 +246,14 @@ class Bucket:
         try:
             return self._http.send(request.prepare())
         except BaseException as error:
-            failure = error
-        if type(failure) is exceptions.HTTPClientError:  # whose subclasses are lost connections
-            failure = failure.kwargs['error']  # for example a task's soft time limit
-        # The frames of send() hold the signed headers, a session token among them: cut them off.
+            # In this very class, botocore wraps all else, a task's soft time limit as well.
+            failure = error.kwargs['error'] if type(error) is exceptions.HTTPClientError else error
+        # The frames of send() hold a session token, in the headers: cut them off.
         raise failure.with_traceback(None) from None
 
 
 def read_refusal(answer, status: int) -> dict:
-    """What ClientError takes of an answer: the code, the message and the metadata.
-
-    S3's answer to a wrong signature also repeats the signed headers, and so a session token."""
+    """What ClientError takes of an answer, without what S3 repeats of the signed headers."""
     given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
     parsed = parsers.create_parser('rest-xml').parse(given, None)  # of no shape: any error
     error = {name: parsed.get('Error', {}).get(name, '') for name in ('Code', 'Message')}
@@ -319,7 +299,7 @@ class S3KeyValueBackend(KeyValueStoreBackend):
 
     @property
     def bucket(self) -> Bucket:
-        """Ours: this process's own, as neither connections nor locks may cross a fork."""
+        """This process's own, as neither connections nor locks may cross a fork."""
         if os.getpid() not in self._buckets:
             self._buckets.setdefault(os.getpid(), Bucket(**self._settings))
         return self._buckets[os.getpid()]
@@ -327,28 +307,22 @@ class S3KeyValueBackend(KeyValueStoreBackend):
 
 # Storing
 class S3StoringBackend(S3KeyValueBackend):
-    """A state is stored by one PUT, which cannot replace a SUCCESS.
-
-    Celery's own way reads first, and replaces a SUCCESS that is stored between its two requests."""
+    """Stores a state by one PUT, which cannot replace a SUCCESS. Celery's own way reads first, and
+    replaces a SUCCESS that is stored after its reading."""
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        """Store the state on condition that nobody else has stored one since this task's last.
-
-        The states of a task share its request, so the last one's etag is remembered there."""
+        # All states of a task come with its request, so this keeps the etag of the latest one.
         if not self.bucket.conditional_writes:
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         meta = self._get_result_meta(result, state, traceback, request)
         value = ensure_bytes(self.encode(meta | {'task_id': self.key_t(task_id)}))
-        key = self.get_key_for_task(task_id)
         is_own = getattr(request, 'id', None) == task_id  # else another task's state
         etag = getattr(request, '_celery_s3_etag', None) if is_own else None
         for attempt in range(20):
-            found, etag = self.bucket.put_if(key, value, etag)
-            if found == value:
-                if is_own and state != states.SUCCESS:  # a SUCCESS is not to be replaced
-                    request._celery_s3_etag = etag
-                return result
-            if found and self.decode(found)['status'] == states.SUCCESS:
+            found, etag = self.bucket.put_if(self.get_key_for_task(task_id), value, etag)
+            if found == value and is_own and state != states.SUCCESS:  # which nothing may replace
+                request._celery_s3_etag = etag
+            if found == value or (found and self.decode(found)['status'] == states.SUCCESS):
                 return result
             # Others have written. Where they do so twice, a state that is not final counts as
             # written just before theirs: many tasks may report progress on their parent's id.
@@ -360,20 +334,17 @@ class S3StoringBackend(S3KeyValueBackend):
 
 # Waiting
 DEFAULT_INTERVAL = 0.5  # seconds; Celery passes it to get() where the caller gives no interval
-FIRST_PAUSE = 0.5  # seconds between two looks at pending tasks, after something became ready
-LONGEST_PAUSE = 30  # seconds between two looks at pending tasks
 
 
 def find_tasks(results: list) -> Iterator:
     """Yield the results of all single tasks, those in groups within groups as well."""
     for result in results:
-        yield from find_tasks(result.results) if isinstance(result, ResultSet) else [result]
+        yield from find_tasks(result.results) if hasattr(result, 'results') else [result]
 
 
 def look_until_pending(bucket: Bucket, look: Callable, ids: list, size: int) -> Iterator[tuple]:
-    """Look at `size` tasks at once, then at three times as many, until one of them is pending.
-
-    Yields the id and the meta of each task that was looked at, of the pending ones as well."""
+    """Look at `size` tasks at once, then at three times as many, until one is pending. Yields the
+    id and the meta of each."""
     pending = []
     while ids and not pending:
         for task_id, meta in bucket.run(look, ids[:size]):
@@ -385,35 +356,29 @@ def look_until_pending(bucket: Bucket, look: Callable, ids: list, size: int) -> 
 
 
 class S3WaitingBackend(S3KeyValueBackend):
-    """The longer a task takes, the less often it is asked for; many tasks are asked for at once.
-
-    Celery's own way asks for one task after the other, each of them twice a second."""
+    """Asks less often the longer a task takes, and for many tasks at once. Celery's own way asks
+    for one task after the other, for each of them twice a second."""
 
     supports_native_join = True  # so a group's get() calls iter_native()
 
     def wait_for(self, task_id, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
             on_interval=None):  # fmt: skip
-        """The task's meta, as soon as it is ready. Raises Celery's TimeoutError."""
+        """The meta of the task, as soon as it is ready. Raises Celery's TimeoutError."""
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
     def get_many(self, task_ids, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
             on_message=None, on_interval=None, max_iterations=None,
             READY_STATES=states.READY_STATES):  # fmt: skip
-        """Yield the id and the meta of each task as soon as it is ready, in whatever order.
-
-        Raises Celery's TimeoutError, `timeout` seconds after the beginning. get_task_meta() puts
-        into Celery's cache what may not change any more: a SUCCESS."""
+        """Yield the id and the meta of each task as soon as it is ready. Raises TimeoutError."""
         waiting = dict.fromkeys(map(bytes_to_str, task_ids))  # a set that keeps its order
         latest = time.monotonic()  # when something became ready, or the beginning
         deadline = float('inf') if timeout is None else latest + timeout
         for _ in islice(count(), max_iterations):  # without end where it is None
             ids = list(waiting)
-            pause = interval
-            if interval in (None, DEFAULT_INTERVAL):  # the caller has none of its own
-                pause = min(max(FIRST_PAUSE, (time.monotonic() - latest) / 10), LONGEST_PAUSE)
-            size = max(1, int(2 * pause))  # two looks a second, as Celery at one task
-            if max_iterations or time.monotonic() >= deadline:
-                size = len(ids)
+            growing = min(max(0.5, (time.monotonic() - latest) / 10), 30)  # seconds
+            pause = growing if interval in (None, DEFAULT_INTERVAL) else interval
+            is_last = max_iterations or time.monotonic() >= deadline
+            size = len(ids) if is_last else max(1, int(2 * pause))  # two tasks a second
             for task_id, meta in look_until_pending(self.bucket, self.get_task_meta, ids, size):
                 del waiting[task_id]
                 if meta['status'] not in READY_STATES:
@@ -434,11 +399,9 @@ class S3WaitingBackend(S3KeyValueBackend):
 
     def iter_native(self, result, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
             on_message=None, on_interval=None):  # fmt: skip
-        """Yield the id and the meta of each task; at last the id and the results of each group.
-
-        join_native(), which calls it, then asks the results of that group, one after the other:
-        they have been given their metas before. It has one place for each id."""
-        members = {member.id for member in result.results}
+        """Yield the id and the meta of each task, and then the id and the results of each group.
+        join_native() calls get() on these: they have been given their metas, and ask nobody."""
+        members = {member.id for member in result.results}  # join_native() has a place for each
         if len(members) < len(result.results):
             raise ValueError('an id stands twice in this set: use join() in place of get()')
         tasks = {task.id: task for task in find_tasks(result.results)}
@@ -450,9 +413,7 @@ class S3WaitingBackend(S3KeyValueBackend):
                 tasks[task_id]._maybe_set_cache(meta)
             if task_id in members:
                 yield task_id, meta
-        for member in result.results:
-            if isinstance(member, ResultSet):
-                yield member.id, member.results
+        yield from ((one.id, one.results) for one in result.results if hasattr(one, 'results'))
 
 
 # Chords
@@ -472,79 +433,48 @@ def find_ends(signature) -> list:
     return [signature]
 
 
-def make_tree(results: list) -> list:
-    """The ids of the results' tasks, in lists within lists where there are groups in groups."""
-    return [
-        make_tree(one.results) if isinstance(one, ResultSet) else str(one.id) for one in results
-    ]
-
-
-def find_ids(tree: list) -> Iterator[str]:
-    """Yield all ids in the tree."""
-    for one in tree:
-        yield from find_ids(one) if isinstance(one, list) else [one]
-
-
-def join(tree: list, metas: dict) -> list:
-    """The tree with the tasks' values in place of their ids."""
-    return [join(one, metas) if isinstance(one, list) else metas[one]['result'] for one in tree]
-
-
-def read_record(record: bytes | None) -> list:
-    """The tree of a chord's header. Raises ChordError where there is none."""
-    if record is None:
-        raise ChordError('GroupResult no longer exists')
-    try:
-        return json.loads(record)['header']
-    except (LookupError, TypeError, ValueError) as error:
-        raise ChordError(f'Cannot restore group: {error!r}') from error
+def join(results: list, found: dict) -> list:
+    """What was found for each of the results, in lists within lists where groups are in groups."""
+    return [join(r.results, found) if hasattr(r, 'results') else found[str(r.id)] for r in results]
 
 
 class S3ChordBackend(S3KeyValueBackend):
-    """Chords without polling: an object in S3, the note, says who goes on with the chord.
+    """Runs chords without polling: an object in S3, the note, says who goes on with the chord.
 
     Celery's own way is a task that looks at all parts every second. (A part is a task of the
-    chord's header; the body is the task that receives the results of all parts.)
+    chord's header; the body is the task that takes the parts' results.) Beside its note, a chord
+    has a record, the header's GroupResult. The note is one of these:
+    {"next": ["LAST"]}, by the client, before it publishes the header: the last part goes on when
+        it has ended. Parts mostly end in order; then the others have nothing more to do.
+    {"next": ["MINE", "OTHER"]}, by part MINE, which has ended and found OTHER pending: OTHER goes
+        on when it has ended; or MINE, if its worker dies now and MINE is delivered again.
+    {"next": ["MINE"], "sender": NONCE}, by MINE, which has found that all have ended: it sends the
+        body, and then deletes the record and the note.
 
-    A chord has two objects: its record, which is the header's GroupResult, and its note:
+    A part that ends stores its result and then reads the note. If its id is there, it looks at the
+    other parts and writes the second or the third form, on condition that the note is still the
+    one that it has read: of several that write at once, one succeeds and goes on.
 
-    {"next": ["LAST"]}                   The client writes it before the header is published: the
-                                         last part goes on when it has ended. Mostly parts end in
-                                         order, and the others just read the note and are done.
-    {"next": ["MINE", "OTHER"]}          Part MINE has ended and found OTHER pending: OTHER goes on
-                                         when it has ended. MINE stays in it, as its worker may
-                                         die; then MINE is delivered again, and goes on.
-    {"next": ["MINE"], "sender": NONCE}  MINE has found that all have ended. It sends the body, and
-                                         deletes the record and the note.
-
-    A part that ends stores its result and then reads the note. If its id is in it, it looks at the
-    results of the others, and writes one of the last two forms, on condition that the note is the
-    one that it has read. Of several that write at once, one succeeds.
-
-    No chord is left alone. MINE writes that it awaits OTHER, and then looks at OTHER's result once
-    more; OTHER stores its result, and then reads the note. S3 shows to each read what was written
-    before it, so one of the two sees what the other has written. If both do, both go on, and one
-    conditional write succeeds."""
+    Why no chord is left alone: MINE writes that it awaits OTHER, and then looks at OTHER's result
+    once more. OTHER stores its result, and then reads the note. In S3 a read sees all earlier
+    writes, so one of the two sees what the other one wrote. If both do, one write succeeds."""
 
     def apply_chord(self, header_result_args, body, **kwargs):
-        """Write the note and the record; the header is published after that.
-
-        If the starter of the chord is delivered twice, the note is the one that is there."""
+        """Write note and record; not the note if a starter that came again finds one."""
         if not self.bucket.conditional_writes:
             return super().apply_chord(header_result_args, body, **kwargs)
         header = self.app.GroupResult(*header_result_args)
-        tree = make_tree(header.results)
-        *_, last = find_ids(tree)
-        # Not the header's id alone: under that the user may save or delete its GroupResult.
-        body.options[CHORD_ID] = chord_id = f'{header.id}.{last}'
-        # The record is written last and deleted first: no note without it can start a chord.
+        *_, last = (str(task.id) for task in find_tasks(header.results))
+        chord_id = f'{header.id}.{last}'  # under the header's, the user may save its GroupResult
+        body.options[CHORD_ID] = chord_id  # each part receives this body as request.chord
+        # The record is written last and deleted first, so that no part goes on without it.
         note = json.dumps({'next': [last]}).encode()
         self.bucket.put_if(self.get_key_for_chord(chord_id), note, None)
-        self.set(self.get_key_for_group(chord_id), json.dumps({'header': tree}))
+        self.save_group(chord_id, header)
         logger.debug('chord %s: begun, %s goes on', chord_id, last)
 
     def store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        """As Celery's; but the task's request remembers the state, for on_chord_part_return()."""
+        """As Celery's, but the request remembers what was stored, for on_chord_part_return()."""
         stored = super().store_result(task_id, result, state, traceback, request, **kwargs)
         if getattr(request, 'id', None) == task_id:  # else it is another task's state
             request._celery_s3_state = state
@@ -562,55 +492,59 @@ class S3ChordBackend(S3KeyValueBackend):
             self._go_on(str(request.id), options[CHORD_ID], request.chord)
 
     def _go_on(self, part: str, chord_id: str, body: dict) -> None:
-        """Ours: what a part does that has stored its result. The class says why."""
+        """What a part does that has stored its result. The class says why."""
         key = self.get_key_for_chord(chord_id)
         value, etag = self.bucket.get(key)
         note = json.loads(value or '{"next": []}')  # there is none once the body was sent
         if part not in note['next']:
             return
-        if 'sender' in note:  # an earlier delivery of this part; perhaps its worker has died
-            if not self._was_sent(chord_id, body):
-                logger.info('chord %s: %s waits %d s', chord_id, part, LONGEST_SENDING)
-                time.sleep(LONGEST_SENDING)
-            if self._was_sent(chord_id, body):
-                return
         record = self.get(self.get_key_for_group(chord_id))
+        # An earlier delivery of this part began to send the body; perhaps its worker has died.
+        if 'sender' in note and record is not None and not self._has_begun(body):
+            logger.info('chord %s: %s waits %d s', chord_id, part, LONGEST_SENDING)
+            time.sleep(LONGEST_SENDING)
+            record = self.get(self.get_key_for_group(chord_id))
+        if 'sender' in note and (record is None or self._has_begun(body)):
+            return
         ids = []
-        with suppress(ChordError):  # _end() will fail the body with it
-            ids = list(dict.fromkeys(find_ids(read_record(record))))
-        metas = {}  # of the parts that have ended
+        with suppress(ChordError):  # with which _end() will fail the body
+            ids = list({str(task.id) for task in find_tasks(self._read(record))})
+        metas = {}
         while True:
-            left = [task_id for task_id in ids if task_id not in metas]
-            left = random.sample(left, len(left))  # in one order, all would look at the same ones
-            awaited = None
-            for task_id, meta in look_until_pending(self.bucket, self._look_at_part, left, 1):
-                if meta['status'] in states.READY_STATES:
-                    metas[task_id] = meta
-                else:
-                    awaited = task_id
-            note = {'next': [part, awaited]}
-            if awaited is None:
-                note = {'next': [part], 'sender': uuid()}  # unlike that of another delivery
+            random.shuffle(ids)  # else all parts would look at the same ones first
+            looked = dict(look_until_pending(self.bucket, self._look_at_part, ids, 1))
+            metas.update(looked)
+            pending = [one for one in looked if looked[one]['status'] not in states.READY_STATES]
+            ids = [one for one in ids if one not in looked] + pending
+            note = {'next': [part, *pending[:1]]}
+            if not pending:
+                note['sender'] = uuid()  # which differs from that of another delivery
             value = json.dumps(note).encode()
             found, etag = self.bucket.put_if(key, value, etag)
-            if found != value:
-                return logger.debug('chord %s: %s leaves it to %s', chord_id, part, found)
-            logger.debug('chord %s: %s has written %s', chord_id, part, note)
-            if awaited is None:
+            logger.debug('chord %s: %s writes %s, finds %s', chord_id, part, value, found)
+            if found != value:  # another delivery has gone on
+                return
+            if not pending:
                 return self._end(chord_id, body, record, metas)
             # The awaited one may have read the older note and left: then this one goes on.
-            if self._look_at_part(awaited)['status'] not in states.READY_STATES:
+            if self._look_at_part(pending[0])['status'] not in states.READY_STATES:
                 return
 
-    def _was_sent(self, chord_id: str, body: dict) -> bool:
-        """Ours: whether the body shows a state, or the record is gone."""
+    def _has_begun(self, body: dict) -> bool:
         body_id = body['options'].get('task_id')
-        if body_id and self.get(self.get_key_for_task(body_id)) is not None:
-            return True
-        return self.get(self.get_key_for_group(chord_id)) is None
+        return body_id is not None and self.get(self.get_key_for_task(body_id)) is not None
+
+    def _read(self, record: bytes | None) -> list:
+        """The results of the chord's header. Raises ChordError where there are none."""
+        if record is None:
+            raise ChordError('GroupResult no longer exists')
+        try:
+            return result_from_tuple(self.decode(record)['result'], self.app).results
+        except Exception as error:
+            raise ChordError(f'Cannot restore group: {error!r}') from error
 
     def _look_at_part(self, task_id: str) -> dict:
-        """Ours: the task's meta. A result that cannot be decoded here is an error of the part."""
+        """The task's meta. A result that cannot be decoded here is an error of the part."""
         value = self.get(self.get_key_for_task(task_id))
         try:
             return self.decode_result(value) if value else {'status': states.PENDING}
@@ -618,21 +552,24 @@ class S3ChordBackend(S3KeyValueBackend):
             return {'status': states.FAILURE, 'result': error}
 
     def _end(self, chord_id: str, body: dict, record: bytes | None, metas: dict) -> None:
-        """Ours: send the body with the parts' values, or fail it; then delete record and note."""
+        """Send the body with the parts' values, or fail it; then delete record and note."""
         options = {name: body['options'][name] for name in body['options'] if name != CHORD_ID}
-        signature = canvas.maybe_signature({**body, 'options': options}, app=self.app)
+        body = canvas.maybe_signature({**body, 'options': options}, app=self.app)
         try:
-            tree = read_record(record)
-            for task_id in find_ids(tree):
+            results = self._read(record)
+            values = {task_id: metas[task_id]['result'] for task_id in metas}
+            for task_id in (str(task.id) for task in find_tasks(results)):
                 if metas[task_id]['status'] in states.PROPAGATE_STATES:
-                    error = metas[task_id]['result']
-                    raise ChordError(f'Dependency {task_id} raised {safe_repr(error)}')
-            signature.apply_async((join(tree, metas),), retry=True, retry_policy=self.retry_policy)
+                    # Any BaseException may be stored; one that is no Exception ends a worker.
+                    cause = values[task_id] if isinstance(values[task_id], Exception) else None
+                    problem = f'Dependency {task_id} raised {safe_repr(values[task_id])}'
+                    raise ChordError(problem) from cause
+            body.apply_async((join(results, values),), retry=True, retry_policy=self.retry_policy)
         except Exception as error:
             if not isinstance(error, ChordError):
                 error = ChordError(f'Callback error: {safe_repr(error)}')
             logger.error('chord %s: its body fails: %s', chord_id, error)
-            self.chord_error_from_stack(signature, error)
+            self.chord_error_from_stack(body, error)
         try:
             self.delete(self.get_key_for_group(chord_id))
             self.delete(self.get_key_for_chord(chord_id))
@@ -640,19 +577,14 @@ class S3ChordBackend(S3KeyValueBackend):
             logger.exception('chord %s: has ended, but is not deleted', chord_id)
 
     def chord_error_from_stack(self, callback, exc=None):
-        """The body has failed, because a part has: so all tasks within it have failed, too.
-
-        Celery leaves out some of them, and does not tell the chord that the body is a part of."""
-        ends = find_ends(callback)
-        if ends:  # before Celery 5.6, a chain has no id, by which super() stores the error
-            callback.options.setdefault('task_id', ends[0].id)
+        """A part has failed, so the body has. Celery tells no chord that the body is a part of."""
+        if not callback.id:  # a chain before Celery 5.6; super() stores the error by the id
+            callback.options['task_id'] = find_ends(callback)[0].id
         super().chord_error_from_stack(callback, exc)
         self._fail_chain([callback], exc)
 
     def _fail_chain(self, chain, exc, traceback=None, store_result=True, state=states.FAILURE):
-        """A task has failed: so the tasks that are chained after it have failed, too.
-
-        Celery leaves out those in groups, and tells some chords twice."""
+        """A task has failed, so those chained after it have. Celery leaves out those in groups."""
         for signature in chain if isinstance(chain, list) else []:  # an odd message has others
             for task in find_ends(signature):
                 request = Context({**task, **task.options}, id=task.id)
