@@ -49,7 +49,7 @@ TRANSIENT_ERRORS = (exceptions.ConnectionError, exceptions.ConnectionClosedError
 PRINTABLE = ('([!-~]([ -~]*[!-~])?)?', 'printable ASCII, with no space or newline at its ends')
 HOST = r'https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?'
 RULES = {  # a directory bucket, NAME--ZONE--x-s3, has a host of its own
-    'bucket': (r'(?!.*--\w+-s3$|\.\.?$)[\w.-]{1,255}', "a bucket's or access point alias's name"),
+    'bucket': (r'(?!.*--\w+-s3$|\.\.?$)[\w.-]{1,255}', 'a name or an alias, no URL and no ARN'),
     'base_path': (r'(?!(.*/)?\.\.?(/|$))[^\0-\x1f\x7f]*', "without '.', '..', control characters"),
     'aws_region': (r'[\w-]{1,63}', 'a name such as us-east-1'),
     'endpoint_url': (rf'({HOST}(/[\w.~/-]*)?)?', 'http://HOST or https://HOST, or with a port'),
@@ -66,16 +66,16 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, TRANSIENT_ERRORS) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
 
 
-def is_printable(text: str) -> bool:
-    """Whether the text may stand in a header."""
+def is_printable(text: str) -> bool:  # so that it can stand in a header
     return isinstance(text, str) and re.fullmatch(PRINTABLE[0], text) is not None
 
 
 class Bucket:
-    """A folder of an S3 bucket, for all threads of one process; its parameters are the settings.
+    """A folder of an S3 bucket, for all threads of one process. Its parameters are the settings;
+    None and '' mean 'not set'.
 
-    Raises ValueError for a wrong setting, ClientError for what S3 refuses, and botocore's other
-    errors where S3 or the credentials are out of reach."""
+    Raises ValueError for a wrong setting, ClientError for what S3 refuses, and other errors of
+    botocore where S3 or the credentials are out of reach."""
 
     bucket: str = ''
     base_path: str = ''
@@ -93,10 +93,9 @@ class Bucket:
     def __init__(self, **settings):
         known = Bucket.__annotations__
         unknown = [name for name in settings if name not in known]
-        # None and '' mean 'not set'.
         settings = {name: value for name, value in settings.items() if value not in (None, '')}
         vars(self).update({'headers': {}, **settings})
-        del settings  # what follows may fail, and a traceback shows what a frame holds then
+        del settings  # what follows may fail, and tracebacks show what is in variables
         if unknown:
             raise TypeError(f'unknown setting {unknown[0]!r}; known are {", ".join(known)}')
         self._session = session.Session(profile=self.aws_profile or None)
@@ -125,14 +124,16 @@ class Bucket:
         self._threads = ThreadPoolExecutor(self.max_connections)  # which starts none yet
 
     def _check(self) -> None:
-        for name, kind in Bucket.__annotations__.items():  # no value in a variable, see above
+        for name, kind in Bucket.__annotations__.items():  # and no value in a variable, either
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f'{name} must be of type {kind.__name__}')
             pattern, meaning = RULES.get(name, PRINTABLE)
             if not re.fullmatch(pattern, str(getattr(self, name)), re.ASCII):
                 raise ValueError(f'{name} must be {meaning}')
-        if not all(map(is_printable, chain(self.headers.keys(), self.headers.values()))):
-            raise ValueError(f'headers must be names and values of {PRINTABLE[1]}')
+        if not re.fullmatch(r'[\w.-]*', ''.join(self.headers), re.ASCII):
+            raise ValueError('headers must have names such as x-amz-storage-class')
+        if not all(map(is_printable, self.headers.values())):
+            raise ValueError(f'headers must have values of {PRINTABLE[1]}')
         is_pair = bool(self.aws_access_key_id) == bool(self.aws_secret_access_key)
         if not is_pair or (self.aws_session_token and not self.aws_access_key_id):
             raise ValueError('aws_access_key_id and aws_secret_access_key go together')
@@ -178,8 +179,7 @@ class Bucket:
         yield from zip(items, values)
 
     # The environment
-    def _find_root(self, config: Callable) -> str:
-        """The URL that all keys come after."""
+    def _find_root(self, config: Callable) -> str:  # the URL that all keys come after
         if self.endpoint_url:
             return f'{self.endpoint_url.rstrip("/")}/{self.bucket}/'
         # Only the suffix depends on the partition; botocore's list begins with the public one.
@@ -213,7 +213,6 @@ class Bucket:
             time.sleep(pause)
 
     def _send_once(self, request, operation, refusals):
-        self._sign(request)
         answer = self._exchange(request)
         status = answer.status_code
         if len(answer.content) != int(answer.headers.get('content-length', len(answer.content))):
@@ -231,25 +230,25 @@ class Bucket:
                 details += f', {name} {answer.headers[name]}'
         raise exceptions.ClientError(refusal, f'{operation} ({details})')
 
-    def _sign(self, request):
-        # Those of a role change. They are in no variable, as a traceback shows what is in one.
-        with self._lock:
-            credentials = self._session.get_credentials()
-        if credentials is None:
-            raise exceptions.NoCredentialsError()
-        signer = auth.S3SigV4Auth(credentials.get_frozen_credentials(), 's3', self.aws_region)
-        signer.add_auth(request)
-        if not is_printable(request.headers.get('X-Amz-Security-Token', '')):
-            raise exceptions.InvalidConfigError(error_msg=f'session token: not {PRINTABLE[1]}')
-
     def _exchange(self, request):
         try:
+            self._sign(request)
             return self._http.send(request.prepare())
         except BaseException as error:
             # In this very class, botocore wraps all else, a task's soft time limit as well.
             failure = error.kwargs['error'] if type(error) is exceptions.HTTPClientError else error
-        # The frames of send() hold a session token, in the headers: cut them off.
+        # Tracebacks show what is in variables: cut off the frames that hold keys and signatures.
         raise failure.with_traceback(None) from None
+
+    def _sign(self, request):
+        with self._lock:
+            credentials = self._session.get_credentials()
+        if credentials is None:
+            raise exceptions.NoCredentialsError()
+        frozen = credentials.get_frozen_credentials()  # those of a role change
+        auth.S3SigV4Auth(frozen, 's3', self.aws_region).add_auth(request)
+        if not is_printable(request.headers.get('X-Amz-Security-Token', '')):
+            raise exceptions.InvalidConfigError(error_msg=f'session token: not {PRINTABLE[1]}')
 
 
 def read_refusal(answer, status: int) -> dict:
@@ -361,14 +360,12 @@ class S3WaitingBackend(S3KeyValueBackend):
 
     supports_native_join = True  # so a group's get() calls iter_native()
 
-    def wait_for(self, task_id, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
-            on_interval=None):  # fmt: skip
+    def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):
         """The meta of the task, as soon as it is ready. Raises Celery's TimeoutError."""
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
-    def get_many(self, task_ids, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
-            on_message=None, on_interval=None, max_iterations=None,
-            READY_STATES=states.READY_STATES):  # fmt: skip
+    def get_many(self, task_ids, timeout=None, interval=0.5, no_ack=True, on_message=None,
+            on_interval=None, max_iterations=None, READY_STATES=states.READY_STATES):  # fmt: skip
         """Yield the id and the meta of each task as soon as it is ready. Raises TimeoutError."""
         waiting = dict.fromkeys(map(bytes_to_str, task_ids))  # a set that keeps its order
         latest = time.monotonic()  # when something became ready, or the beginning
@@ -397,10 +394,10 @@ class S3WaitingBackend(S3KeyValueBackend):
             if on_interval is not None:
                 on_interval()  # it may raise the error of a task's parent
 
-    def iter_native(self, result, timeout=None, interval=DEFAULT_INTERVAL, no_ack=True,
-            on_message=None, on_interval=None):  # fmt: skip
-        """Yield the id and the meta of each task, and then the id and the results of each group.
-        join_native() calls get() on these: they have been given their metas, and ask nobody."""
+    def iter_native(self, result, timeout=None, interval=0.5, no_ack=True, on_message=None,
+            on_interval=None):  # fmt: skip
+        """Yield the id and the meta of each task, then the id and the results of each group, whose
+        get() join_native() calls: these have been given their metas by then, and ask nobody."""
         members = {member.id for member in result.results}  # join_native() has a place for each
         if len(members) < len(result.results):
             raise ValueError('an id stands twice in this set: use join() in place of get()')
@@ -440,10 +437,10 @@ def join(results: list, found: dict) -> list:
 
 class S3ChordBackend(S3KeyValueBackend):
     """Runs chords without polling: an object in S3, the note, says who goes on with the chord.
+    (A part is a task of the chord's header; the body is the task that takes the parts' results.
+    Celery's own way is a task that looks at all parts every second.) Beside the note, a chord has
+    a record, the header's GroupResult. The note is one of these:
 
-    Celery's own way is a task that looks at all parts every second. (A part is a task of the
-    chord's header; the body is the task that takes the parts' results.) Beside its note, a chord
-    has a record, the header's GroupResult. The note is one of these:
     {"next": ["LAST"]}, by the client, before it publishes the header: the last part goes on when
         it has ended. Parts mostly end in order; then the others have nothing more to do.
     {"next": ["MINE", "OTHER"]}, by part MINE, which has ended and found OTHER pending: OTHER goes
