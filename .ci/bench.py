@@ -2,18 +2,22 @@
 
     python .ci/bench.py [--short]
 
-Run it in the root of a checkout, with `moto[server]` and boto3 installed: three minutes or, with a
-fifth of the rounds and sizes, one. The ratio is the built-in's figure over celery-s3's; the floor
-is what botocore takes to sign and send a request. moto, in a process of its own, answers first; it
-ends each connection, so that all three pay for a new one. From 'wait' on, a dict answers.
+Run it in the root of a checkout with `moto[server]` and boto3: three minutes or, with a fifth of
+the rounds, one. The ratio is the built-in's figure over celery-s3's; the floor is what botocore
+takes to sign and send a request or, for a join, what fifty bare threads take. First moto answers,
+in a process of its own, and ends each connection; from 'wait' on, a dict does.
 """
 
 import io
+import itertools
 import os
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import md5
 from importlib.metadata import version
 from statistics import median
@@ -22,13 +26,15 @@ from unittest.mock import Mock, patch
 
 import celery
 from botocore import auth, awsrequest, credentials, httpsession
+from celery.app.task import Context
 from celery.contrib.testing.worker import start_worker
 from celery.result import AsyncResult, GroupResult
 from urllib3 import HTTPResponse
 
 BACKENDS = 'celery_s3.S3Backend', 's3://'
 RESULT = {'rows': 1200, 'file': 'reports/2025/11/report.csv'}
-ROUND_TRIP = 0.03  # seconds, for the join and the chord
+ROUND_TRIP = 0.03  # seconds, for the joins and the chord
+TAIL = 0.3  # seconds, for one request in fifty of the second join
 
 MOTO = """
 import sys, urllib.request
@@ -42,20 +48,15 @@ sys.stdin.read()  # until the benchmark ends
 """
 
 COLD_START = """
-import os, sys, threading, time
+import os, sys, time
 import celery.backends.base, celery.result
 app = celery.Celery(backend=sys.argv[1])
 app.conf.update(s3_bucket='results', s3_backend_settings={'bucket': 'results'})
 def read_memory():
     return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-def get():
-    cpu, memory = time.process_time(), read_memory()
-    celery.result.AsyncResult('there', app=app).get()
-    print((time.process_time() - cpu) * 1e3, (read_memory() - memory) / 1e6)
-get()
-thread = threading.Thread(target=get)
-thread.start()
-thread.join()
+cpu, memory = time.process_time(), read_memory()
+celery.result.AsyncResult('there', app=app).get()
+print((time.process_time() - cpu) * 1e3, (read_memory() - memory) / 1e6)
 """
 
 
@@ -65,18 +66,19 @@ class Wire:
     def __init__(self):
         self.counts = Counter()  # of requests, by method
         self.objects = None  # etags and contents, by URL; None: the server answers
-        self.round_trip = 0.0  # seconds
+        self.round_trip = self.tail = 0.0  # seconds
+        self.numbers = itertools.count()
         self.lock = threading.Lock()
         self.original = httpsession.URLLib3Session.send
         httpsession.URLLib3Session.send = lambda http, request: self.send(http, request)
 
-    def count(self, call) -> Counter:
+    def count(self, call: Callable) -> Counter:
         self.counts.clear()
         call()
         return Counter(self.counts)
 
     def send(self, http, request):
-        time.sleep(self.round_trip)
+        time.sleep(self.round_trip if next(self.numbers) % 50 else self.tail)
         with self.lock:
             self.counts[request.method] += 1
             if self.objects is None:
@@ -105,24 +107,22 @@ class Wire:
 
 
 def make_calls(app) -> dict:
-    """What is done with one task."""
     store = app.backend.store_result
-    started = os.urandom(16).hex()
+    request = Context(id=os.urandom(16).hex())
     store('there', RESULT, 'SUCCESS')
     assert AsyncResult('there', app=app).get() == RESULT
     return {
         'get': lambda: AsyncResult('there', app=app).get(),
         'set': lambda: store(os.urandom(16).hex(), RESULT, 'SUCCESS'),
         'pending poll': lambda: AsyncResult('missing', app=app).state,
-        'STARTED': lambda: store(started, {}, 'STARTED'),
-        'SUCCESS after it': lambda: store(started, RESULT, 'SUCCESS'),
-        'forget': lambda: AsyncResult(started, app=app).forget(),
+        'STARTED': lambda: store(request.id, {}, 'STARTED', request=request),
+        'SUCCESS after it': lambda: store(request.id, RESULT, 'SUCCESS', request=request),
+        'forget': lambda: AsyncResult(request.id, app=app).forget(),
     }
 
 
-def make_floor(folder: str) -> dict:
-    """Those of the calls that take one request, and nothing but the request."""
-    http = httpsession.URLLib3Session()
+def make_sender(folder: str) -> Callable:
+    http = httpsession.URLLib3Session(max_pool_connections=50)
     signer = auth.S3SigV4Auth(credentials.ReadOnlyCredentials('any', 'any', None), 's3', 'any')
 
     def send(method: str, task_id: str, body: bytes = b'') -> bytes:
@@ -130,18 +130,13 @@ def make_floor(folder: str) -> dict:
         signer.add_auth(request)
         return http.send(request.prepare()).content
 
-    value = send('GET', 'there')
-    return {
-        'get': lambda: send('GET', 'there'),
-        'set': lambda: send('PUT', os.urandom(16).hex(), value),
-        'pending poll': lambda: send('GET', 'missing'),
-    }
+    return send
 
 
 def make_group(app, wire: Wire, size: int) -> GroupResult:
     """A group whose results are in the dict, each task's its own id."""
     wire.objects = {}
-    wire.round_trip = 0.0
+    wire.round_trip = wire.tail = 0.0
     results = [AsyncResult(f'task-{number}', app=app) for number in range(size)]
     for result in results:
         app.backend.store_result(result.id, result.id, 'SUCCESS')
@@ -149,7 +144,6 @@ def make_group(app, wire: Wire, size: int) -> GroupResult:
 
 
 def measure_cpu(calls: list, rounds: int) -> list[dict]:
-    """The median of each call, in rounds of all of them."""
     samples = {call: [] for call in calls}
     for _ in range(rounds):
         for call in calls:
@@ -161,10 +155,9 @@ def measure_cpu(calls: list, rounds: int) -> list[dict]:
 
 
 def measure_cold_start(backend: str, rounds: int) -> list[dict]:
-    """The medians of what COLD_START prints."""
     runs = [check_output([sys.executable, '-c', COLD_START, backend]) for _ in range(rounds)]
     medians = [median(map(float, figures)) for figures in zip(*map(bytes.split, runs))]
-    return [{unit: figure} for unit, figure in zip(['ms', 'MB', 'ms'], medians)]
+    return [{unit: figure} for unit, figure in zip(['ms', 'MB'], medians)]
 
 
 def count_waiting(app, wire: Wire, ends: list) -> Counter:
@@ -184,12 +177,10 @@ def count_waiting(app, wire: Wire, ends: list) -> Counter:
         return wire.count(group.get if len(ends) > 1 else group[0].get)
 
 
-def measure_join(app, wire: Wire, size: int) -> dict:
-    """The time that it takes to get the results of a group that has ended."""
-    group = make_group(app, wire, size)
-    wire.round_trip = ROUND_TRIP
+def measure_time(wire: Wire, tail: float, call: Callable) -> dict:
+    wire.round_trip, wire.tail = ROUND_TRIP, tail
     began = time.perf_counter()
-    assert group.get() == [result.id for result in group]
+    call()
     return {'s': time.perf_counter() - began}
 
 
@@ -202,7 +193,7 @@ def measure_chord(app, wire: Wire, size: int) -> tuple[dict, dict]:
         if is_body:
             ended.set()
 
-    wire.round_trip = ROUND_TRIP
+    wire.round_trip = wire.tail = ROUND_TRIP
     wire.counts.clear()
     with start_worker(app, 16, 'threads', perform_ping_check=False, shutdown_timeout=60):
         began = time.perf_counter()
@@ -212,28 +203,31 @@ def measure_chord(app, wire: Wire, size: int) -> tuple[dict, dict]:
     return {'s': seconds}, {method: wire.counts[method] / size for method in wire.counts}
 
 
-def print_row(what: str, *figures):
-    """Each figure is a dict of amounts by unit; the third, if there is one, is the floor."""
-    cells = [' + '.join(f'{figure[unit]:,.4g} {unit}' for unit in figure) for figure in figures]
-    ours, theirs = (sum(figure.values()) for figure in figures[:2])
-    cells.insert(2, f'{theirs / ours:.2f}')
+def print_row(what: str, *figures):  # dicts of amounts by unit, or None; the third is the floor
+    cells = [' + '.join(f'{one[unit]:,.4g} {unit}' for unit in one or ()) for one in figures]
+    ours, theirs = (sum((figure or {}).values()) for figure in figures[:2])
+    cells.insert(2, f'{theirs / ours:.2f}' if theirs else '')
     print(f'| {what} | {" | ".join(cells)} |', flush=True)
 
 
 def measure(endpoint: str, share: int):
-    """Print all rows, each from its share of the measurements."""
     apps = [celery.Celery(broker='memory://', backend=backend) for backend in BACKENDS]
     for app in apps:
         app.conf.update(s3_bucket='results', s3_backend_settings={'bucket': 'results'})
         app.conf.broker_transport_options = {'polling_interval': 0.01}  # seconds
     ours, theirs = (make_calls(app) for app in apps)
-    floor = make_floor(f'{endpoint}/results/celery-task-meta-')
+    send = make_sender(f'{endpoint}/results/celery-task-meta-')
+    value = send('GET', 'there')
+    floor = {  # those of the calls that take one request, and nothing but the request
+        'get': lambda: send('GET', 'there'),
+        'set': lambda: send('PUT', os.urandom(16).hex(), value),
+        'pending poll': lambda: send('GET', 'missing'),
+    }
     for what in floor:
         calls = [ours[what], theirs[what], floor[what]]
         print_row(f'{what}, CPU', *measure_cpu(calls, 400 // share))
     starts = [measure_cold_start(backend, 10 // share) for backend in BACKENDS]
-    steps = 'cold start and a get, CPU', 'the same, memory', 'first get of another thread, CPU'
-    for what, *figures in zip(steps, *starts):
+    for what, *figures in zip(['cold start and a get, CPU', 'the same, memory'], *starts):
         print_row(what, *figures)
     wire = Wire()
     for what in ours:
@@ -241,8 +235,14 @@ def measure(endpoint: str, share: int):
     waits = {'an hour for one task': [3600], 'ten minutes for a group of 1,000': [600] * 1000}
     for what, ends in waits.items():
         print_row(f'wait {what}', *[count_waiting(app, wire, ends) for app in apps])
-    joins = [measure_join(app, wire, 1000 // share) for app in apps]
-    print_row(f'join of {1000 // share:,}, 30 ms away', *joins)
+    size = 1000 // share
+    group, other, again = (make_group(app, wire, size) for app in (*apps, apps[0]))
+    bare = partial(ThreadPoolExecutor(50).map, lambda result: send('GET', result.id), group)
+    gets = [group.get, other.get, lambda: list(bare())]
+    times = [measure_time(wire, ROUND_TRIP, get) for get in gets]
+    print_row(f'join of {size:,}, 30 ms away', *times)
+    times = measure_time(wire, TAIL, again.get), None, measure_time(wire, TAIL, gets[-1])
+    print_row(f'join of {size:,}, one in 50 takes 300 ms', *times)
     times, counts = zip(*[measure_chord(app, wire, 300 // share) for app in apps])
     print_row(f'chord of {300 // share}, 16 threads, 30 ms away', *times)
     print_row('one part of it, requests', *counts)
@@ -252,8 +252,8 @@ if __name__ == '__main__':
     sys.path.insert(0, os.getcwd())
     with Popen([sys.executable, '-c', MOTO], stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as moto:
         endpoint = moto.stdout.readline().decode().strip()
-        os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_DEFAULT_REGION='us-east-1')
-        os.environ.update(AWS_ACCESS_KEY_ID='any', AWS_SECRET_ACCESS_KEY='any')
+        keys = dict.fromkeys(('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'), 'any')
+        os.environ.update(keys, AWS_ENDPOINT_URL=endpoint, AWS_DEFAULT_REGION='us-east-1')
         print('| | celery-s3 | built-in | ratio | floor |\n|---|--:|--:|--:|--:|')
         measure(endpoint, 5 if '--short' in sys.argv else 1)
     versions = [f'{name} {version(name)}' for name in ('celery', 'botocore', 'boto3', 'moto')]
