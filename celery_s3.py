@@ -505,7 +505,7 @@ class S3ChordBackend(S3KeyValueBackend):
             return
         ids = []
         with suppress(ChordError):  # with which _end() will fail the body
-            ids = list({str(task.id) for task in find_tasks(self._read(record))})
+            ids = list(dict.fromkeys(str(task.id) for task in find_tasks(self._read(record))))
         metas = {}
         while True:
             random.shuffle(ids)  # else all parts would look at the same ones first
