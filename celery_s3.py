@@ -30,16 +30,17 @@ from celery.result import result_from_tuple
 from kombu.utils.encoding import bytes_to_str, ensure_bytes, safe_repr
 
 # What this module relies on though it is not public, or is documented nowhere:
-# - Celery (seen in 5.4.0, 5.5.3, 5.7.0): methods that are overridden, which are all without an
-#   underscore but `bucket`, and `_store_result`, `_fail_chain` (new in 5.7); `_get_result_meta`,
-#   `_maybe_set_cache`, a result's `_cache`; that requests take attributes; that all parts of a
-#   chord receive the very body that apply_chord() was given.
+# - Celery (seen in 5.4.0, 5.5.3, 5.7.0): the methods that are overridden here (all without an
+#   underscore but `bucket`; `_store_result`; `_fail_chain`, new in 5.7); `_get_result_meta`;
+#   `_maybe_set_cache` and `_cache` of results; that requests take attributes; that a chord's parts
+#   are published after apply_chord() and carry the body that it was given.
 # - botocore (seen in 1.31.62, 1.44.8): `URLLib3Session` and its `socket_options`, the `kwargs` of
 #   its errors, the 'rest-xml' parser without a shape, the `outputs` of the partitions.
 __version__ = '2.0.0'
 backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # as in celery-s3 1.x
 logger = logging.getLogger(__name__)
-# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; 409: others write it now.
+# What may pass. 409: others write this key now; no credentials: a metadata service is busy.
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 TRANSIENT_STATUSES = {409, 429, 500, 502, 503, 504}
 TRANSIENT_CODES = {'RequestTimeout', 'SlowDown', 'Throttling'}
 TRANSIENT_ERRORS = (exceptions.ConnectionError, exceptions.ConnectionClosedError,
@@ -48,7 +49,7 @@ TRANSIENT_ERRORS = (exceptions.ConnectionError, exceptions.ConnectionClosedError
 # What is pasted into a URL or a header has to be what it says it is: a pattern and its meaning.
 PRINTABLE = ('([!-~]([ -~]*[!-~])?)?', 'printable ASCII, with no space or newline at its ends')
 HOST = r'https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?'
-RULES = {  # a directory bucket, NAME--ZONE--x-s3, has a host of its own
+RULES = {  # no directory buckets, NAME--ZONE--x-s3, which have other hosts and signatures
     'bucket': (r'(?!.*--\w+-s3$|\.\.?$)[\w.-]{1,255}', 'a name or an alias, no URL and no ARN'),
     'base_path': (r'(?!(.*/)?\.\.?(/|$))[^\0-\x1f\x7f]*', "without '.', '..', control characters"),
     'aws_region': (r'[\w-]{1,63}', 'a name such as us-east-1'),
@@ -66,16 +67,10 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, TRANSIENT_ERRORS) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
 
 
-def is_printable(text: str) -> bool:  # so that it can stand in a header
-    return isinstance(text, str) and re.fullmatch(PRINTABLE[0], text) is not None
-
-
 class Bucket:
     """A folder of an S3 bucket, for all threads of one process. Its parameters are the settings;
-    None and '' mean 'not set'.
-
-    Raises ValueError for a wrong setting, ClientError for what S3 refuses, and other errors of
-    botocore where S3 or the credentials are out of reach."""
+    None and '' mean 'not set'. Raises ValueError for a wrong one, ClientError for what S3 refuses,
+    botocore's other errors where S3 is out of reach, and what a signal's handler raises."""
 
     bucket: str = ''
     base_path: str = ''
@@ -86,7 +81,9 @@ class Bucket:
     aws_session_token: str = ''
     endpoint_url: str = ''
     headers: dict  # sent with each PUT; none where it is not set
-    conditional_writes: bool = True  # else Celery reads before it writes, and chords poll
+    conditional_writes: bool = (
+        True  # else, for stores without them, storing and chords are Celery's
+    )
     denied_is_missing: bool = False  # without s3:ListBucket, S3 answers 403 for a missing key
     max_connections: int = 50
 
@@ -128,11 +125,14 @@ class Bucket:
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f'{name} must be of type {kind.__name__}')
             pattern, meaning = RULES.get(name, PRINTABLE)
-            if not re.fullmatch(pattern, str(getattr(self, name)), re.ASCII):
+            if not re.fullmatch(pattern, str(getattr(self, name)), re.ASCII):  # a number as well
                 raise ValueError(f'{name} must be {meaning}')
         if not re.fullmatch(r'[\w.-]*', ''.join(self.headers), re.ASCII):
             raise ValueError('headers must have names such as x-amz-storage-class')
-        if not all(map(is_printable, self.headers.values())):
+        values = self.headers.values()
+        if not all(
+            isinstance(value, str) and re.fullmatch(PRINTABLE[0], value) for value in values
+        ):
             raise ValueError(f'headers must have values of {PRINTABLE[1]}')
         is_pair = bool(self.aws_access_key_id) == bool(self.aws_secret_access_key)
         if not is_pair or (self.aws_session_token and not self.aws_access_key_id):
@@ -150,11 +150,10 @@ class Bucket:
 
     def put_if(self, key: str, value: bytes, etag: str | None) -> tuple[bytes | None, str | None]:
         """Write the object if it has this etag or, where the etag is None, if there is no object.
-
         Returns what is there then, as get() does: this value, or what others have written. Costs
         a PUT; one more until it is known how the store takes etags; a GET where it was refused.
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
-        refusals = ['PreconditionFailed', '412', 'NoSuchKey']  # the second one without a body
+        refusals = ['PreconditionFailed', '412', 'NoSuchKey']  # '412': the first, without a body
         for form in self._etag_forms if etag else ['*']:
             condition = {'If-Match': form.format(etag)} if etag else {'If-None-Match': form}
             _, new_etag = self._send('PUT', key, refusals, value, self.headers | condition)
@@ -171,10 +170,11 @@ class Bucket:
 
     def run(self, function: Callable, items: list) -> Iterator[tuple]:
         """Yield (item, function(item)) in order. Several run at once, in `max_connections` threads
-        that all callers share; an error waits for nothing that still runs."""
+        that all callers share; an error is raised while others still run. The function only reads:
+        where threads run out, it may be called for an item twice."""
         values = map(function, items)  # one after the other
         if len(items) > 1:
-            with suppress(RuntimeError):  # the main thread has ended, or threads are limited
+            with suppress(RuntimeError):  # from then on one after the other: no thread can start
                 values = self._threads.map(function, items)
         yield from zip(items, values)
 
@@ -235,7 +235,7 @@ class Bucket:
             self._sign(request)
             return self._http.send(request.prepare())
         except BaseException as error:
-            # In this very class, botocore wraps all else, a task's soft time limit as well.
+            # This very class is what botocore wraps others in, such as a task's soft time limit.
             failure = error.kwargs['error'] if type(error) is exceptions.HTTPClientError else error
         # Tracebacks show what is in variables: cut off the frames that hold keys and signatures.
         raise failure.with_traceback(None) from None
@@ -247,14 +247,14 @@ class Bucket:
             raise exceptions.NoCredentialsError()
         frozen = credentials.get_frozen_credentials()  # those of a role change
         auth.S3SigV4Auth(frozen, 's3', self.aws_region).add_auth(request)
-        if not is_printable(request.headers.get('X-Amz-Security-Token', '')):
+        if not re.fullmatch(PRINTABLE[0], request.headers.get('X-Amz-Security-Token', '')):
             raise exceptions.InvalidConfigError(error_msg=f'session token: not {PRINTABLE[1]}')
 
 
 def read_refusal(answer, status: int) -> dict:
     """What ClientError takes of an answer, without what S3 repeats of the signed headers."""
     given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
-    parsed = parsers.create_parser('rest-xml').parse(given, None)  # of no shape: any error
+    parsed = parsers.create_parser('rest-xml').parse(given, None)  # None: an error of any shape
     error = {name: parsed.get('Error', {}).get(name, '') for name in ('Code', 'Message')}
     return {'Error': error, 'ResponseMetadata': parsed['ResponseMetadata']}
 
@@ -268,7 +268,7 @@ class S3KeyValueBackend(KeyValueStoreBackend):
     def __init__(self, app, *args, **kwargs):
         super().__init__(app, *args, **kwargs)
         self.thread_safe = True  # after super(), which resets it; else each thread has a backend
-        # In lower case, or with a namespace as in Django, they have the second name.
+        # The second name is that of lower-case settings, and that of a namespace, as in Django.
         name, other = 'CELERY_S3_BACKEND_SETTINGS', 's3_backend_settings'
         self._settings = app.conf.get(name) or app.conf.get(other) or {}
         try:
@@ -292,13 +292,11 @@ class S3KeyValueBackend(KeyValueStoreBackend):
         return self.bucket.uri
 
     @staticmethod
-    def key_t(key) -> str:
-        """Celery makes keys of ids with it: strings, bytes, UUIDs, in odd messages also others."""
+    def key_t(key) -> str:  # an id may be bytes, a UUID or, in an odd message, anything
         return bytes_to_str(key) if isinstance(key, bytes) else str(key)
 
     @property
-    def bucket(self) -> Bucket:
-        """This process's own, as neither connections nor locks may cross a fork."""
+    def bucket(self) -> Bucket:  # this process's own: no connection or lock may cross a fork
         if os.getpid() not in self._buckets:
             self._buckets.setdefault(os.getpid(), Bucket(**self._settings))
         return self._buckets[os.getpid()]
@@ -332,9 +330,6 @@ class S3StoringBackend(S3KeyValueBackend):
 
 
 # Waiting
-DEFAULT_INTERVAL = 0.5  # seconds; Celery passes it to get() where the caller gives no interval
-
-
 def find_tasks(results: list) -> Iterator:
     """Yield the results of all single tasks, those in groups within groups as well."""
     for result in results:
@@ -342,8 +337,7 @@ def find_tasks(results: list) -> Iterator:
 
 
 def look_until_pending(bucket: Bucket, look: Callable, ids: list, size: int) -> Iterator[tuple]:
-    """Look at `size` tasks at once, then at three times as many, until one is pending. Yields the
-    id and the meta of each."""
+    """Look at `size` tasks, then at three times as many, until one is pending: yield (id, meta)."""
     pending = []
     while ids and not pending:
         for task_id, meta in bucket.run(look, ids[:size]):
@@ -361,7 +355,6 @@ class S3WaitingBackend(S3KeyValueBackend):
     supports_native_join = True  # so a group's get() calls iter_native()
 
     def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):
-        """The meta of the task, as soon as it is ready. Raises Celery's TimeoutError."""
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
     def get_many(self, task_ids, timeout=None, interval=0.5, no_ack=True, on_message=None,
@@ -373,9 +366,9 @@ class S3WaitingBackend(S3KeyValueBackend):
         for _ in islice(count(), max_iterations):  # without end where it is None
             ids = list(waiting)
             growing = min(max(0.5, (time.monotonic() - latest) / 10), 30)  # seconds
-            pause = growing if interval in (None, DEFAULT_INTERVAL) else interval
+            pause = growing if interval in (None, 0.5) else interval  # 0.5: the caller gave none
             is_last = max_iterations or time.monotonic() >= deadline
-            size = len(ids) if is_last else max(1, int(2 * pause))  # two tasks a second
+            size = len(ids) if is_last else max(1, int(2 * pause))  # so two GETs a second
             for task_id, meta in look_until_pending(self.bucket, self.get_task_meta, ids, size):
                 del waiting[task_id]
                 if meta['status'] not in READY_STATES:
@@ -387,7 +380,7 @@ class S3WaitingBackend(S3KeyValueBackend):
                 latest = time.monotonic()  # without the time that the caller took
             if not waiting:
                 return
-            # Time is up once all were looked at: what is ready is handed over before.
+            # Time is up only after a look at all, so that none that is ready is kept back.
             if size >= len(ids) and time.monotonic() >= deadline:
                 raise self.TimeoutError(f'The operation timed out ({timeout})')
             time.sleep(max(0, min(pause, deadline - time.monotonic())))
@@ -396,9 +389,9 @@ class S3WaitingBackend(S3KeyValueBackend):
 
     def iter_native(self, result, timeout=None, interval=0.5, no_ack=True, on_message=None,
             on_interval=None):  # fmt: skip
-        """Yield the id and the meta of each task, then the id and the results of each group, whose
-        get() join_native() calls: these have been given their metas by then, and ask nobody."""
-        members = {member.id for member in result.results}  # join_native() has a place for each
+        """Yield (id, meta) for each task, then (id, results) for each group in the set, for Celery's
+        join_native(). It calls get() on these results, which have got their metas by then."""
+        members = {member.id for member in result.results}  # join_native() has one place an id
         if len(members) < len(result.results):
             raise ValueError('an id stands twice in this set: use join() in place of get()')
         tasks = {task.id: task for task in find_tasks(result.results)}
@@ -437,34 +430,41 @@ def join(results: list, found: dict) -> list:
 
 class S3ChordBackend(S3KeyValueBackend):
     """Runs chords without polling: an object in S3, the note, says who goes on with the chord.
-    (A part is a task of the chord's header; the body is the task that takes the parts' results.
-    Celery's own way is a task that looks at all parts every second.) Beside the note, a chord has
-    a record, the header's GroupResult. The note is one of these:
-
+    (Parts are the tasks of its header; the body takes their results. Celery's own way is a task
+    that looks at all parts every second.) Another object, the record, is the header's GroupResult.
+    The note is one of these:
     {"next": ["LAST"]}, by the client, before it publishes the header: the last part goes on when
         it has ended. Parts mostly end in order; then the others have nothing more to do.
     {"next": ["MINE", "OTHER"]}, by part MINE, which has ended and found OTHER pending: OTHER goes
-        on when it has ended; or MINE, if its worker dies now and MINE is delivered again.
+        on when it has ended; and MINE, if its worker dies now and it is delivered again.
     {"next": ["MINE"], "sender": NONCE}, by MINE, which has found that all have ended: it sends the
         body, and then deletes the record and the note.
 
     A part that ends stores its result and then reads the note. If its id is there, it looks at the
-    other parts and writes the second or the third form, on condition that the note is still the
-    one that it has read: of several that write at once, one succeeds and goes on.
+    others and writes the second or the third form, on condition that the note is still the one it
+    has read. Of several that write at once, one succeeds and goes on. (Two deliveries of MINE may
+    write the same second form; this does no harm, as their third forms differ.)
 
-    Why no chord is left alone: MINE writes that it awaits OTHER, and then looks at OTHER's result
-    once more. OTHER stores its result, and then reads the note. In S3 a read sees all earlier
-    writes, so one of the two sees what the other one wrote. If both do, one write succeeds."""
+    No part is overlooked: MINE writes that it awaits OTHER, and then looks at OTHER's result once
+    more; OTHER stores its result, and then reads the note. In S3 a read sees all earlier writes,
+    so one of the two sees what the other one wrote. If both do, one write succeeds.
+
+    No death loses a chord, if the broker delivers the part again (task_acks_late): it finds its id
+    in the note and goes on. If it finds a sender, that was an earlier delivery of this very part.
+    If that has sent the body, the body shows a state or the record is gone; else it gets 30 s for
+    it. So the body is sent twice only if a worker died between sending it and deleting the record,
+    and the body has stored no state since."""
 
     def apply_chord(self, header_result_args, body, **kwargs):
-        """Write note and record; not the note if a starter that came again finds one."""
+        """Write note and record; a starter that was delivered again keeps the note that it finds.
+        It may overlap the chord's end: as the record is written last and deleted first, a record
+        may stay behind, but never a note without one, with which a part would fail the body."""
         if not self.bucket.conditional_writes:
             return super().apply_chord(header_result_args, body, **kwargs)
         header = self.app.GroupResult(*header_result_args)
         *_, last = (str(task.id) for task in find_tasks(header.results))
-        chord_id = f'{header.id}.{last}'  # under the header's, the user may save its GroupResult
+        chord_id = f'{header.id}.{last}'  # not the header's, by which the user may save it, too
         body.options[CHORD_ID] = chord_id  # each part receives this body as request.chord
-        # The record is written last and deleted first, so that no part goes on without it.
         note = json.dumps({'next': [last]}).encode()
         self.bucket.put_if(self.get_key_for_chord(chord_id), note, None)
         self.save_group(chord_id, header)
@@ -488,8 +488,7 @@ class S3ChordBackend(S3KeyValueBackend):
         if isinstance(options, dict) and CHORD_ID in options:  # else the chord polls
             self._go_on(str(request.id), options[CHORD_ID], request.chord)
 
-    def _go_on(self, part: str, chord_id: str, body: dict) -> None:
-        """What a part does that has stored its result. The class says why."""
+    def _go_on(self, part: str, chord_id: str, body: dict) -> None:  # the class says why
         key = self.get_key_for_chord(chord_id)
         value, etag = self.bucket.get(key)
         note = json.loads(value or '{"next": []}')  # there is none once the body was sent
@@ -508,7 +507,7 @@ class S3ChordBackend(S3KeyValueBackend):
             ids = list(dict.fromkeys(str(task.id) for task in find_tasks(self._read(record))))
         metas = {}
         while True:
-            random.shuffle(ids)  # else all parts would look at the same ones first
+            random.shuffle(ids)  # else each part that goes on looks at the same ready ones first
             looked = dict(look_until_pending(self.bucket, self._look_at_part, ids, 1))
             metas.update(looked)
             pending = [one for one in looked if looked[one]['status'] not in states.READY_STATES]
@@ -519,7 +518,7 @@ class S3ChordBackend(S3KeyValueBackend):
             value = json.dumps(note).encode()
             found, etag = self.bucket.put_if(key, value, etag)
             logger.debug('chord %s: %s writes %s, finds %s', chord_id, part, value, found)
-            if found != value:  # another delivery has gone on
+            if found != value:  # others, or another delivery of this part, have gone on
                 return
             if not pending:
                 return self._end(chord_id, body, record, metas)
@@ -531,8 +530,7 @@ class S3ChordBackend(S3KeyValueBackend):
         body_id = body['options'].get('task_id')
         return body_id is not None and self.get(self.get_key_for_task(body_id)) is not None
 
-    def _read(self, record: bytes | None) -> list:
-        """The results of the chord's header. Raises ChordError where there are none."""
+    def _read(self, record: bytes | None) -> list:  # the results of the parts, or a ChordError
         if record is None:
             raise ChordError('GroupResult no longer exists')
         try:
@@ -540,8 +538,7 @@ class S3ChordBackend(S3KeyValueBackend):
         except Exception as error:
             raise ChordError(f'Cannot restore group: {error!r}') from error
 
-    def _look_at_part(self, task_id: str) -> dict:
-        """The task's meta. A result that cannot be decoded here is an error of the part."""
+    def _look_at_part(self, task_id: str) -> dict:  # a result that none can decode is an error
         value = self.get(self.get_key_for_task(task_id))
         try:
             return self.decode_result(value) if value else {'status': states.PENDING}
@@ -557,7 +554,7 @@ class S3ChordBackend(S3KeyValueBackend):
             values = {task_id: metas[task_id]['result'] for task_id in metas}
             for task_id in (str(task.id) for task in find_tasks(results)):
                 if metas[task_id]['status'] in states.PROPAGATE_STATES:
-                    # Any BaseException may be stored; one that is no Exception ends a worker.
+                    # Any BaseException may be stored; Celery takes an Exception for a cause.
                     cause = values[task_id] if isinstance(values[task_id], Exception) else None
                     problem = f'Dependency {task_id} raised {safe_repr(values[task_id])}'
                     raise ChordError(problem) from cause
@@ -570,7 +567,7 @@ class S3ChordBackend(S3KeyValueBackend):
         try:
             self.delete(self.get_key_for_group(chord_id))
             self.delete(self.get_key_for_chord(chord_id))
-        except Exception:  # if it left here, Celery would report the part once more
+        except Exception:  # it would be taken for a failure of the part, which has succeeded
             logger.exception('chord %s: has ended, but is not deleted', chord_id)
 
     def chord_error_from_stack(self, callback, exc=None):
