@@ -129,10 +129,8 @@ class Bucket:
                 raise ValueError(f'{name} must be {meaning}')
         if not re.fullmatch(r'[\w.-]*', ''.join(self.headers), re.ASCII):
             raise ValueError('headers must have names such as x-amz-storage-class')
-        values = self.headers.values()
-        if not all(
-            isinstance(value, str) and re.fullmatch(PRINTABLE[0], value) for value in values
-        ):
+        values = self.headers.values
+        if not all(isinstance(one, str) and re.fullmatch(PRINTABLE[0], one) for one in values()):
             raise ValueError(f'headers must have values of {PRINTABLE[1]}')
         is_pair = bool(self.aws_access_key_id) == bool(self.aws_secret_access_key)
         if not is_pair or (self.aws_session_token and not self.aws_access_key_id):
@@ -308,13 +306,12 @@ class S3StoringBackend(S3KeyValueBackend):
     replaces a SUCCESS that is stored after its reading."""
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        # All states of a task come with its request, so this keeps the etag of the latest one.
         if not self.bucket.conditional_writes:
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         meta = self._get_result_meta(result, state, traceback, request)
         value = ensure_bytes(self.encode(meta | {'task_id': self.key_t(task_id)}))
         is_own = getattr(request, 'id', None) == task_id  # else another task's state
-        etag = getattr(request, '_celery_s3_etag', None) if is_own else None
+        etag = getattr(request, '_celery_s3_etag', None) if is_own else None  # of its last state
         for attempt in range(20):
             found, etag = self.bucket.put_if(self.get_key_for_task(task_id), value, etag)
             if found == value and is_own and state != states.SUCCESS:  # which nothing may replace
@@ -337,7 +334,7 @@ def find_tasks(results: list) -> Iterator:
 
 
 def look_until_pending(bucket: Bucket, look: Callable, ids: list, size: int) -> Iterator[tuple]:
-    """Look at `size` tasks, then at three times as many, until one is pending: yield (id, meta)."""
+    """Look at `size` tasks, then at three times as many, until one is pending. Yields id, meta."""
     pending = []
     while ids and not pending:
         for task_id, meta in bucket.run(look, ids[:size]):
@@ -349,8 +346,7 @@ def look_until_pending(bucket: Bucket, look: Callable, ids: list, size: int) -> 
 
 
 class S3WaitingBackend(S3KeyValueBackend):
-    """Asks less often the longer a task takes, and for many tasks at once. Celery's own way asks
-    for one task after the other, for each of them twice a second."""
+    """Asks less often the longer a task takes, and for many at once. Celery's own way does not."""
 
     supports_native_join = True  # so a group's get() calls iter_native()
 
@@ -389,7 +385,7 @@ class S3WaitingBackend(S3KeyValueBackend):
 
     def iter_native(self, result, timeout=None, interval=0.5, no_ack=True, on_message=None,
             on_interval=None):  # fmt: skip
-        """Yield (id, meta) for each task, then (id, results) for each group in the set, for Celery's
+        """Yield (id, meta) for each task, then (id, results) for each group in the set, to Celery's
         join_native(). It calls get() on these results, which have got their metas by then."""
         members = {member.id for member in result.results}  # join_native() has one place an id
         if len(members) < len(result.results):
