@@ -385,7 +385,7 @@ class S3WaitingBackend(S3KeyValueBackend):
 
     def iter_native(self, result, timeout=None, interval=0.5, no_ack=True, on_message=None,
             on_interval=None):  # fmt: skip
-        """Yield (id, meta) for each task, then (id, results) for each group in the set, to Celery's
+        """Yield (id, meta) of each task, then (id, results) of each group in the set, to Celery's
         join_native(). It calls get() on these results, which have got their metas by then."""
         members = {member.id for member in result.results}  # join_native() has one place an id
         if len(members) < len(result.results):
