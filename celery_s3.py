@@ -85,7 +85,7 @@ class Bucket:
         True  # else, for stores without them, storing and chords are Celery's
     )
     denied_is_missing: bool = False  # without s3:ListBucket, S3 answers 403 for a missing key
-    max_connections: int = 50
+    max_connections: int = 50  # and threads of run()
 
     def __init__(self, **settings):
         known = Bucket.__annotations__
@@ -152,11 +152,12 @@ class Bucket:
         a PUT; one more until it is known how the store takes etags; a GET where it was refused.
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
         refusals = ['PreconditionFailed', '412', 'NoSuchKey']  # '412': the first, without a body
-        for form in self._etag_forms if etag else ['*']:
-            condition = {'If-Match': form.format(etag)} if etag else {'If-None-Match': form}
+        name = 'If-None-Match' if etag is None else 'If-Match'
+        for form in ['*'] if etag is None else self._etag_forms:
+            condition = {name: form.format(etag)}
             _, new_etag = self._send('PUT', key, refusals, value, self.headers | condition)
             if new_etag is not None:
-                self._etag_forms = [form] if etag else self._etag_forms
+                self._etag_forms = self._etag_forms if etag is None else [form]
                 return value, new_etag
             refusals.append('InvalidArgument')  # R2's answer to an etag without quotes
         # Refused: by what others wrote, or by this value, if it was written but the answer lost.
@@ -243,7 +244,7 @@ class Bucket:
             credentials = self._session.get_credentials()
         if credentials is None:
             raise exceptions.NoCredentialsError()
-        frozen = credentials.get_frozen_credentials()  # those of a role change
+        frozen = credentials.get_frozen_credentials()  # refreshes them, under a lock of its own
         auth.S3SigV4Auth(frozen, 's3', self.aws_region).add_auth(request)
         if not re.fullmatch(PRINTABLE[0], request.headers.get('X-Amz-Security-Token', '')):
             raise exceptions.InvalidConfigError(error_msg=f'session token: not {PRINTABLE[1]}')
@@ -363,8 +364,8 @@ class S3WaitingBackend(S3KeyValueBackend):
             ids = list(waiting)
             growing = min(max(0.5, (time.monotonic() - latest) / 10), 30)  # seconds
             pause = growing if interval in (None, 0.5) else interval  # 0.5: the caller gave none
-            is_last = max_iterations or time.monotonic() >= deadline
-            size = len(ids) if is_last else max(1, int(2 * pause))  # so two GETs a second
+            is_whole = max_iterations or time.monotonic() >= deadline  # a look at all of them
+            size = len(ids) if is_whole else max(1, int(2 * pause))  # so two GETs a second
             for task_id, meta in look_until_pending(self.bucket, self.get_task_meta, ids, size):
                 del waiting[task_id]
                 if meta['status'] not in READY_STATES:
@@ -426,8 +427,8 @@ def join(results: list, found: dict) -> list:
 
 class S3ChordBackend(S3KeyValueBackend):
     """Runs chords without polling: an object in S3, the note, says who goes on with the chord.
-    (Parts are the tasks of its header; the body takes their results. Celery's own way is a task
-    that looks at all parts every second.) Another object, the record, is the header's GroupResult.
+    (Parts are the tasks that give its header's results; the body takes these. Celery's own way is
+    a task that looks at all parts every second.) A record keeps the header's GroupResult.
     The note is one of these:
     {"next": ["LAST"]}, by the client, before it publishes the header: the last part goes on when
         it has ended. Parts mostly end in order; then the others have nothing more to do.
@@ -459,7 +460,7 @@ class S3ChordBackend(S3KeyValueBackend):
             return super().apply_chord(header_result_args, body, **kwargs)
         header = self.app.GroupResult(*header_result_args)
         *_, last = (str(task.id) for task in find_tasks(header.results))
-        chord_id = f'{header.id}.{last}'  # not the header's, by which the user may save it, too
+        chord_id = f'{header.id}.{last}'  # the user may save the header by its id, or reuse that
         body.options[CHORD_ID] = chord_id  # each part receives this body as request.chord
         note = json.dumps({'next': [last]}).encode()
         self.bucket.put_if(self.get_key_for_chord(chord_id), note, None)
