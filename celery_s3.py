@@ -254,7 +254,8 @@ def read_refusal(answer, status: int) -> dict:
     """What ClientError takes of an answer, without what S3 repeats of the signed headers."""
     given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
     parsed = parsers.create_parser('rest-xml').parse(given, None)  # None: an error of any shape
-    error = {name: parsed.get('Error', {}).get(name, '') for name in ('Code', 'Message')}
+    found = parsed.get('Error', {})
+    error = {'Code': found.get('Code') or str(status), 'Message': found.get('Message', '')}
     return {'Error': error, 'ResponseMetadata': parsed['ResponseMetadata']}
 
 
@@ -328,8 +329,7 @@ class S3StoringBackend(S3KeyValueBackend):
 
 
 # Waiting
-def find_tasks(results: list) -> Iterator:
-    """Yield the results of all single tasks, those in groups within groups as well."""
+def find_tasks(results: list) -> Iterator:  # those of single tasks, in groups within groups, too
     for result in results:
         yield from find_tasks(result.results) if hasattr(result, 'results') else [result]
 
@@ -490,7 +490,7 @@ class S3ChordBackend(S3KeyValueBackend):
         value, etag = self.bucket.get(key)
         note = json.loads(value or '{"next": []}')  # there is none once the body was sent
         if part not in note['next']:
-            return
+            return logger.debug('chord %s: %s leaves it to %s', chord_id, part, note['next'])
         record = self.get(self.get_key_for_group(chord_id))
         # An earlier delivery of this part began to send the body; perhaps its worker has died.
         if 'sender' in note and record is not None and not self._has_begun(body):
