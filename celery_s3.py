@@ -25,9 +25,10 @@ from urllib.parse import quote
 from botocore import auth, awsrequest, exceptions, httpsession, parsers, session, utils
 from celery import canvas, states, uuid
 from celery.backends.base import Context, KeyValueStoreBackend
-from celery.exceptions import BackendStoreError, ChordError, ImproperlyConfigured
+from celery.exceptions import BackendStoreError, ChordError, ImproperlyConfigured, OperationalError
 from celery.result import result_from_tuple
 from kombu.utils.encoding import bytes_to_str, ensure_bytes, safe_repr
+from kombu.utils.functional import retry_over_time
 
 # What this module relies on though it is not public, or is documented nowhere:
 # - Celery (seen in 5.4.0, 5.5.3, 5.7.0): the methods that are overridden here (all without an
@@ -99,8 +100,8 @@ class Bucket:
         config = self._session.get_config_variable
         self.aws_region = self.aws_region or config('region') or 'us-east-1'
         if not self.endpoint_url and not config('ignore_configured_endpoint_urls'):
-            endpoint = os.getenv('AWS_ENDPOINT_URL_S3') or os.getenv('AWS_ENDPOINT_URL')
-            self.endpoint_url = endpoint or ''
+            for name in 'AWS_ENDPOINT_URL', 'AWS_ENDPOINT_URL_S3':
+                self.endpoint_url = os.getenv(name) or self.endpoint_url
         self._check()
         if self.aws_access_key_id:
             self._session.set_credentials(self.aws_access_key_id, self.aws_secret_access_key,
@@ -127,11 +128,9 @@ class Bucket:
             pattern, meaning = RULES.get(name, PRINTABLE)
             if not re.fullmatch(pattern, str(getattr(self, name)), re.ASCII):  # a number as well
                 raise ValueError(f'{name} must be {meaning}')
-        if not re.fullmatch(r'[\w.-]*', ''.join(self.headers), re.ASCII):
-            raise ValueError('headers must have names such as x-amz-storage-class')
-        values = self.headers.values
-        if not all(isinstance(one, str) and re.fullmatch(PRINTABLE[0], one) for one in values()):
-            raise ValueError(f'headers must have values of {PRINTABLE[1]}')
+        texts = chain(self.headers, self.headers.values())  # this shows no value, either
+        if not all(isinstance(one, str) and re.fullmatch(PRINTABLE[0], one) for one in texts):
+            raise ValueError(f'headers must be names and values of {PRINTABLE[1]}')
         is_pair = bool(self.aws_access_key_id) == bool(self.aws_secret_access_key)
         if not is_pair or (self.aws_session_token and not self.aws_access_key_id):
             raise ValueError('aws_access_key_id and aws_secret_access_key go together')
@@ -242,12 +241,10 @@ class Bucket:
     def _sign(self, request):
         with self._lock:
             credentials = self._session.get_credentials()
-        if credentials is None:
-            raise exceptions.NoCredentialsError()
-        frozen = credentials.get_frozen_credentials()  # refreshes them, under a lock of its own
+        frozen = credentials and credentials.get_frozen_credentials()  # None: add_auth() raises
+        if not all(re.fullmatch(PRINTABLE[0], text or '') for text in frozen or ()):
+            raise exceptions.InvalidConfigError(error_msg=f'credentials: not {PRINTABLE[1]}')
         auth.S3SigV4Auth(frozen, 's3', self.aws_region).add_auth(request)
-        if not re.fullmatch(PRINTABLE[0], request.headers.get('X-Amz-Security-Token', '')):
-            raise exceptions.InvalidConfigError(error_msg=f'session token: not {PRINTABLE[1]}')
 
 
 def read_refusal(answer, status: int) -> dict:
@@ -274,7 +271,7 @@ class S3KeyValueBackend(KeyValueStoreBackend):
         try:
             self._buckets = {os.getpid(): Bucket(**self._settings)}
         except (TypeError, ValueError, exceptions.BotoCoreError) as error:
-            raise ImproperlyConfigured(f'{name}: {error}') from error
+            raise ImproperlyConfigured(f'{name}: {error}') from None  # botocore's frames hold keys
 
     def get(self, key: bytes | str) -> bytes | None:
         return self.bucket.get(self.key_t(key))[0]
@@ -360,7 +357,7 @@ class S3WaitingBackend(S3KeyValueBackend):
         waiting = dict.fromkeys(map(bytes_to_str, task_ids))  # a set that keeps its order
         latest = time.monotonic()  # when something became ready, or the beginning
         deadline = float('inf') if timeout is None else latest + timeout
-        for _ in islice(count(), max_iterations):  # without end where it is None
+        for _ in islice(count(), max_iterations or None):  # without end where it is None
             ids = list(waiting)
             growing = min(max(0.5, (time.monotonic() - latest) / 10), 30)  # seconds
             pause = growing if interval in (None, 0.5) else interval  # 0.5: the caller gave none
@@ -411,10 +408,9 @@ CHORD_ID = 'celery_s3_chord_id'  # an option of the body, by which the parts fin
 def find_ends(signature) -> list:
     """The tasks whose results are the result of this task, group, chain or chord."""
     signature = canvas.maybe_signature(signature)  # a dict, where it comes from a message
-    if signature.subtask_type == 'chord':
-        return find_ends(signature.body)
-    if signature.subtask_type == 'chain':
-        return find_ends(signature.tasks[-1])
+    while signature.subtask_type in ('chain', 'chord'):
+        inner = signature.body if signature.subtask_type == 'chord' else signature.tasks[-1]
+        signature = canvas.maybe_signature(inner)
     if signature.subtask_type == 'group':
         return [end for task in signature.tasks for end in find_ends(task)]
     return [signature]
@@ -482,7 +478,7 @@ class S3ChordBackend(S3KeyValueBackend):
         if getattr(request, '_celery_s3_state', None) != state:
             self.store_result(request.id, result, state, request=request)
         options = request.chord.get('options')
-        if isinstance(options, dict) and CHORD_ID in options:  # else the chord polls
+        if isinstance(options, dict) and options.get(CHORD_ID):  # else the chord polls
             self._go_on(str(request.id), options[CHORD_ID], request.chord)
 
     def _go_on(self, part: str, chord_id: str, body: dict) -> None:  # the class says why
@@ -501,7 +497,8 @@ class S3ChordBackend(S3KeyValueBackend):
             return
         ids = []
         with suppress(ChordError):  # with which _end() will fail the body
-            ids = list(dict.fromkeys(str(task.id) for task in find_tasks(self._read(record))))
+            results = self._read(chord_id, record)
+            ids = list(dict.fromkeys(str(task.id) for task in find_tasks(results)))
         metas = {}
         while True:
             random.shuffle(ids)  # else each part that goes on looks at the same ready ones first
@@ -527,9 +524,9 @@ class S3ChordBackend(S3KeyValueBackend):
         body_id = body['options'].get('task_id')
         return body_id is not None and self.get(self.get_key_for_task(body_id)) is not None
 
-    def _read(self, record: bytes | None) -> list:  # the results of the parts, or a ChordError
+    def _read(self, chord_id: str, record: bytes | None) -> list:  # what the parts give
         if record is None:
-            raise ChordError('GroupResult no longer exists')
+            raise ChordError(f'GroupResult {chord_id} no longer exists')
         try:
             return result_from_tuple(self.decode(record)['result'], self.app).results
         except Exception as error:
@@ -547,18 +544,21 @@ class S3ChordBackend(S3KeyValueBackend):
         options = {name: body['options'][name] for name in body['options'] if name != CHORD_ID}
         body = canvas.maybe_signature({**body, 'options': options}, app=self.app)
         try:
-            results = self._read(record)
+            results = self._read(chord_id, record)
             values = {task_id: metas[task_id]['result'] for task_id in metas}
-            for task_id in (str(task.id) for task in find_tasks(results)):
-                if metas[task_id]['status'] in states.PROPAGATE_STATES:
-                    # Any BaseException may be stored; Celery takes an Exception for a cause.
-                    cause = values[task_id] if isinstance(values[task_id], Exception) else None
-                    problem = f'Dependency {task_id} raised {safe_repr(values[task_id])}'
-                    raise ChordError(problem) from cause
-            body.apply_async((join(results, values),), retry=True, retry_policy=self.retry_policy)
+            for part in (str(task.id) for task in find_tasks(results)):
+                if metas[part]['status'] in states.PROPAGATE_STATES:
+                    error = values[part]  # it may be any BaseException
+                    cause = error if isinstance(error, Exception) else None
+                    raise ChordError(f'Dependency {part} raised {safe_repr(error)}') from cause
+            values = join(results, values)
+            policy = {'retry': True, 'retry_policy': self.retry_policy}
+            try:
+                # The policy is for a connection that breaks, the 20 seconds for one to be made.
+                retry_over_time(body.apply_async, OperationalError, [[values]], policy, timeout=20)
+            except Exception as error:
+                raise ChordError(f'Callback error: {safe_repr(error)}') from error
         except Exception as error:
-            if not isinstance(error, ChordError):
-                error = ChordError(f'Callback error: {safe_repr(error)}')
             logger.error('chord %s: its body fails: %s', chord_id, error)
             self.chord_error_from_stack(body, error)
         try:
@@ -580,7 +580,7 @@ class S3ChordBackend(S3KeyValueBackend):
             for task in find_ends(signature):
                 request = Context({**task, **task.options}, id=task.id)
                 if store_result and task.id:
-                    if self.get(self.get_key_for_task(task.id)) is None:
+                    if self._look_at_part(task.id)['status'] not in states.READY_STATES:
                         self.store_result(task.id, exc, state, traceback, request=request)
                     request._celery_s3_state = state  # it keeps the error that it has
                 self.on_chord_part_return(request, state, exc)
