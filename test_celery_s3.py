@@ -687,8 +687,8 @@ WRONG = {
     'aws_session_token': [1, 'T ', 'T\r', 'T\nx'],
     'endpoint_url': [*'localhost:9000 ftp://h http:// http://a:b@h http://h/?x=y http://h?x'.split(),
         1, 'http://h/#f', 'http://h /', 'http://h\n', 'http://h:', 'http://h:x', 'http://é'],
-    'headers': ['x-amz-acl', ['x-amz-acl'], {'x-a': True}, {'x-é': ''}, {'x-a\n': ''},
-        {'x-a b': ''}, {'x-a:b': ''}, {'x-a': 'a\nb'}, {'x-a': 'é'}, {'x-a': ' a'}],
+    'headers': ['x-amz-acl', ['x-amz-acl'], {'x-a': True}, {'x-é': ''}, {'x-a\n': ''}, {5: ''},
+        {'x-a': 'a\nb'}, {'x-a': 'é'}, {'x-a': ' a'}],
     'conditional_writes': ['False', 0],
     'denied_is_missing': ['True', 1],
     'max_connections': ['7', True, False, 0, -1, 1.5],
@@ -1080,8 +1080,8 @@ def test_the_note_and_the_log_say_who_goes_on(store, app, caplog):
     assert bodies(app) == [[[1, 1, 1]]]
     assert not left_behind(store, *'abc')
     lines = [one.getMessage() for one in caplog.records if one.levelname == 'DEBUG' and one.args]
-    for line, said in zip(lines, ['begun, c goes on', 'c writes b', 'b writes b'], strict=True):
-        assert line.startswith(f'chord {chord_id}: {said}')
+    said = ['begun, c goes on', 'a leaves', 'c writes', 'b writes']
+    assert [line.split(': ')[1][: len(one)] for line, one in zip(lines, said, strict=True)] == said
 
 
 @pytest.mark.parametrize(('size', 'order', 'most'), [
@@ -1153,7 +1153,7 @@ CANCELLED = {'exc_type': 'CancelledError', 'exc_module': 'asyncio.exceptions'}
     (CANCELLED, 'kept', 'Dependency a raised CancelledError('),
     ('no error, so that none can decode it', 'kept', 'Dependency a raised '),
     (None, 'kept', "Callback error: OSError('away for 20 s'"),
-    (None, 'lost', 'GroupResult no longer exists'),
+    (None, 'lost', ' no longer exists'),
     (None, b'{"result": 5}', 'Cannot restore group: '),
 ])  # fmt: skip
 def test_a_body_that_is_not_sent_fails_once(store, app, monkeypatch, caplog, part, record, said):
@@ -1174,6 +1174,25 @@ def test_a_body_that_is_not_sent_fails_once(store, app, monkeypatch, caplog, par
     assert left_behind(store, 'a', 'b') == {f'{TASK}{result.id}'}
     [line] = [one.getMessage() for one in caplog.records if one.levelname == 'ERROR']
     assert chord_id in line and said in line
+
+
+def test_a_broker_that_cannot_be_reached_for_some_seconds_gets_the_body(store, app, monkeypatch):
+    send, failures, slept = (
+        app.amqp.send_task_message,
+        [celery.exceptions.OperationalError()] * 3,
+        [],
+    )
+    monkeypatch.setattr('kombu.utils.functional.sleep', slept.append)
+    [part], *_ = begin(app, 'a')
+
+    def refuse(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return send(*args, **kwargs)
+
+    monkeypatch.setattr(app.amqp, 'send_task_message', refuse)
+    finish(app, part)
+    assert (len(bodies(app)), sum(slept)) == (1, 2 + 4 + 6)
 
 
 def test_a_chord_that_cannot_be_deleted_has_ended_all_the_same(store, app, caplog):
