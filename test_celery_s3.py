@@ -1,7 +1,5 @@
-"""The rules of celery_s3, each on the wire: what is sent, and what comes back.
-
-`CELERY_S3_TEST_URL='s3://bucket/prefix?endpoint_url=...' pytest -k test_store` runs the store's
-contract, the last section, against that live bucket; without it, it runs on `responses`.
+"""The rules of celery_s3, each on the wire: what is sent, and what comes back. The last section
+runs on `responses`; with CELERY_S3_TEST_URL='s3://bucket/prefix?endpoint_url=...', on that bucket.
 """
 
 import contextlib
@@ -25,6 +23,7 @@ from collections import UserList
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import celery.exceptions
@@ -229,8 +228,7 @@ make_bucket = functools.partial(Bucket, bucket='results')
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """The threads that were started; `limit` of them can be."""
+def started(monkeypatch):  # the threads that were, of which `limit` can be
     start, started = threading.Thread.start, UserList()
     started.limit = 99
 
@@ -282,8 +280,7 @@ def make_app(settings=None, backend='S3Backend', **conf):
 
 
 @contextlib.contextmanager
-def working(app, **options):
-    """A worker that ends within 2 * 0.05 seconds, not two times two."""
+def working(app, **options):  # a worker that ends within 2 * 0.05 seconds, not two times two
     memory.Channel.queues.clear()
     drain = memory.Transport.drain_events
     with pytest.MonkeyPatch.context() as patch:
@@ -314,7 +311,6 @@ def test_exactly_transient_faults_are_safe_to_retry():
     names = 'ConnectionClosed ConnectTimeout EndpointConnection ProxyConnection ReadTimeout SSL'
     names += ' NoCredentials CredentialRetrieval MetadataRetrieval'
     transient = [make(name) for name in names.split()]
-    # 409: Ceph 20, of a lost race.
     transient += [answered(status) for status in (409, 429, 500, 502, 503, 504)]
     transient += [answered(400, code) for code in ('RequestTimeout', 'SlowDown', 'Throttling')]
     final = [answered(status) for status in (400, 403, 404, 412, 501)]
@@ -614,8 +610,7 @@ KEYS = {'aws_access_key_id': 'AKID', 'aws_secret_access_key': SECRET, 'aws_sessi
 REPEATED = f'<Error><CanonicalRequest>x-amz-security-token:{TOKEN}</CanonicalRequest></Error>'
 
 
-def show(error, log):
-    """All that error trackers send of it, but the frame of the test."""
+def show(error, log):  # all that error trackers send of it, but the frame of the test
     parts = type(error.value), error.value, error.tb.tb_next
     lines = traceback.TracebackException(*parts, capture_locals=True).format()
     return ''.join(lines) + repr(vars(error.value)) + log.text
@@ -682,15 +677,13 @@ WRONG = {
         '', None, 1, ' b', 'b\n', 'b' * 256],
     'base_path': [1, '.', './x', 'a/../x/', '/..', 'a\n', '\0', '\x7f'],
     'aws_region': [1, 'us-east-1 ', 'us-east-1\n', 'a.b', 'a/b', 'é', 'r' * 64],
-    'aws_access_key_id': [1, ' A', 'A\n', 'é', ''],
-    'aws_secret_access_key': [1, ' S', 'S\n'],
+    'aws_access_key_id': [1, ' A', 'A\n', 'é', ''], 'aws_secret_access_key': [1, ' S', 'S\n'],
     'aws_session_token': [1, 'T ', 'T\r', 'T\nx'],
     'endpoint_url': [*'localhost:9000 ftp://h http:// http://a:b@h http://h/?x=y http://h?x'.split(),
         1, 'http://h/#f', 'http://h /', 'http://h\n', 'http://h:', 'http://h:x', 'http://é'],
     'headers': ['x-amz-acl', ['x-amz-acl'], {'x-a': True}, {'x-é': ''}, {'x-a\n': ''}, {5: ''},
         {'x-a': 'a\nb'}, {'x-a': 'é'}, {'x-a': ' a'}],
-    'conditional_writes': ['False', 0],
-    'denied_is_missing': ['True', 1],
+    'conditional_writes': ['False', 0], 'denied_is_missing': ['True', 1],
     'max_connections': ['7', True, False, 0, -1, 1.5],
 }  # fmt: skip
 WRONG_TOGETHER = [
@@ -781,7 +774,6 @@ ROOMS = [celery_s3.S3ChordBackend, celery_s3.S3WaitingBackend, celery_s3.S3Stori
 
 @pytest.mark.parametrize('room', [*ROOMS, celery_s3.S3KeyValueBackend])
 def test_each_method_overrides_one_of_celerys(room):
-    """Those that the module lists at its top."""
     names = {
         name for name in vars(room) if name[0] != '_' or name in ('_store_result', '_fail_chain')
     }
@@ -1059,7 +1051,6 @@ def bodies(app):
 
 
 def left_behind(store, *task_ids):
-    """What is stored besides the results of the parts; a result of the body would be an error."""
     return set(store.objects) - {f'{TASK}{task_id}' for task_id in task_ids}
 
 
@@ -1177,20 +1168,11 @@ def test_a_body_that_is_not_sent_fails_once(store, app, monkeypatch, caplog, par
 
 
 def test_a_broker_that_cannot_be_reached_for_some_seconds_gets_the_body(store, app, monkeypatch):
-    send, failures, slept = (
-        app.amqp.send_task_message,
-        [celery.exceptions.OperationalError()] * 3,
-        [],
-    )
+    slept, effects = [], [celery.exceptions.OperationalError()] * 3 + [DEFAULT]
     monkeypatch.setattr('kombu.utils.functional.sleep', slept.append)
     [part], *_ = begin(app, 'a')
-
-    def refuse(*args, **kwargs):
-        if failures:
-            raise failures.pop()
-        return send(*args, **kwargs)
-
-    monkeypatch.setattr(app.amqp, 'send_task_message', refuse)
+    send = Mock(wraps=app.amqp.send_task_message, side_effect=effects)
+    monkeypatch.setattr(app.amqp, 'send_task_message', send)
     finish(app, part)
     assert (len(bodies(app)), sum(slept)) == (1, 2 + 4 + 6)
 
@@ -1240,11 +1222,13 @@ def test_a_part_that_ignores_its_result_has_it_stored_once(store, app, end, igno
 
 @pytest.mark.parametrize('stores', [True, False])
 def test_a_failure_is_stored_for_those_chained_after_it_unless_it_is_ignored(store, app, stores):
+    store.finish('c', status='STARTED')  # as a task shows that was replaced by a chain
     rest = [dict(app.tasks['add'].s().set(task_id=task_id)) for task_id in ('c', 'b')]
     request = Context(id='a', chain=rest)
     app.backend.mark_as_failure('a', ValueError('boom'), request=request, store_result=stores)
-    assert sorted(store.objects) == [f'{TASK}{task_id}' for task_id in 'abc' if stores]
     assert bool(store.sent) == stores
+    right = ['FAILURE'] * 3 if stores else ['PENDING', 'PENDING', 'STARTED']
+    assert list(map(app.backend.get_state, 'abc')) == right
 
 
 @pytest.mark.parametrize('odd', [None, 5, 'text', [], {}, {'options': 5}, {'options': {}}])
@@ -1265,11 +1249,9 @@ def fetch(result):
     return result.get(timeout=60, interval=0.01, disable_sync_subtasks=False)
 
 
-def shapes(app):
-    """Of chords with their values, and of those that fail."""
-    add, fail, ignored, replaced, retried, total = (
-        app.tasks[name].s for name in 'add fail ignored replaced retried total'.split()
-    )
+def shapes(app):  # of chords with their values, and of chords that fail
+    names = 'add fail ignored replaced retried total'.split()
+    add, fail, ignored, replaced, retried, total = (app.tasks[name].s for name in names)
     pair = group(add(1), add(2), app=app)
     nested = add(1) | group(add(1) | pair, add(5), app=app)
     inner = chord([add(1), add(2)], total(), app=app)

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections import defaultdict, namedtuple
-from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from hashlib import md5
@@ -24,8 +23,7 @@ sys.path.insert(0, os.getcwd())
 import celery_s3
 
 # Each letter is a part, as often as it is delivered. The chord is started as often as `starts`
-# says; 0 means once, by a worker that does not die. The body or, where a part fails, the errback is
-# delivered unless it is silent, that is stores no state.
+# says; 0 means once, by a worker that does not die. If silent, it ends in what stores no state.
 Scenario = namedtuple('Scenario', 'name parts fates starts failing silent', defaults=[0, '', 0])
 SCENARIOS = [
     Scenario('two parts', 'AB', ['lost', 'lost lost', 'dies', 'dies dies', 'dies lost']),
@@ -42,7 +40,7 @@ SCENARIOS = [
     Scenario('one part, started twice', 'A', ['dies'], starts=2),
 ]
 ORDERS = {'as listed': list.sort, 'reversed': lambda ids: ids.sort(reverse=True)}
-START = ('start', None, None)  # the message to who starts the chord
+START = ('start', None)  # the message to who starts the chord
 ENDS = ('body', 'errback')  # what a chord sends in the end
 RESULT, RECORD, NOTE = 'celery-task-meta-', 'celery-taskset-meta-', 'chord-unlock-'
 MISSING, LOST = 'NoSuchKey', 'done, but the answer is lost'
@@ -67,23 +65,23 @@ class Delivery:
         Delivery.running = self
         try:
             self.work(search.scenario, *message)
-            self.ask('ends')
+            self.ask('ends', '')
         except Stop:
             assert not answers or search.deliver(message, answers[:-1]).steps == self.steps[:-1]
         except Exception as error:
             self.steps.append(('raises', repr(error)))
-        self.step = self.steps[-1] if len(answers) < 100 else ('raises', 'no end of it')
+        self.step = self.steps[-1] if len(answers) < 100 else ('raises', 'it comes to no end')
 
     def __lt__(self, other):
         return self.number < other.number
 
-    def work(self, scenario, task_id, group_id, body):
+    def work(self, scenario, task_id, body):
         if self.message == START:
             parts = [APP.signature('part').set(task_id=part) for part in sorted({*scenario.parts})]
             errback = APP.signature('errback').set(task_id='errback')
             whole = chord(parts, APP.signature('body').set(link_error=[errback]), app=APP)
             return whole.set(task_id='header').apply_async(task_id='body')
-        request = celery_s3.Context(id=task_id, group=group_id, chord=json.loads(body))
+        request = celery_s3.Context(id=task_id, group='header', chord=json.loads(body))
         if task_id == scenario.failing:
             self.backend.mark_as_failure(task_id, ValueError('boom'), request=request)
         else:
@@ -100,21 +98,13 @@ class Delivery:
     def after(self, answer):
         return self.search.deliver(self.message, (*self.answers, answer))
 
-    def is_unnoticed(self, objects):
-        """Whether nobody notices the next step. A result that is stored is never changed."""
-        kind, *key = self.step
-        is_read = kind == 'GET' or self.step[-1] == 'If-None-Match: *'
-        is_stored = is_read and RESULT in key[0] and key[0] in dict(objects)
-        return self.answers and (is_stored or kind in ('draws', 'sends', 'ends'))
-
 
 class App(Celery):
     backend = property(lambda self: Delivery.running.backend)
     now = staticmethod(lambda: SimpleNamespace(isoformat=lambda: '2026-11-29T00:00:00'))
 
     def send_task(self, name, args=None, kwargs=None, task_id=None, **options):
-        group_id = options.get('group_id') if name == 'part' else None  # else a random one
-        message = (task_id, group_id, json.dumps(options.get('chord')))
+        message = (task_id, json.dumps(options.get('chord')))
         Delivery.running.ask('sends', task_id, str(args), message)
         return self.AsyncResult(task_id)
 
@@ -150,34 +140,34 @@ class Search:
 
     def __init__(self, scenario, lost, deaths, deadline):
         self.scenario, self.deadline, self.seen, self.path = scenario, deadline, set(), []
-        self.deliver = cache(lambda *history: Delivery(self, *history))
-        self.numbers, self.choose = count(), cache(self.find_choices)
+        self.numbers, self.deliver = count(), cache(lambda *history: Delivery(self, *history))
+        self.choose = cache(lambda *situation: [*self.find_choices(*situation)])
         starters = (self.deliver(START),) * max(1, scenario.starts)
         tally = Tally(lost, deaths, (), (), 0, False)
-        self.first = [((), '', starters)], (frozenset(), starters, tally)
+        self.visit([((), '', starters)], (frozenset(), starters, tally))
 
     def visit(self, steps, state):
         """Visit the state that these steps lead to, and all after it. Exits at a wrong end."""
         if time.monotonic() > self.deadline:
-            raise TimeoutError
+            return
         self.seen.add(state)
-        self.path += steps
-        moves = list(self.find_moves(*state))
+        self.path.append(steps)
+        moves = [*self.find_moves(*state)]
         if not moves and not self.is_right(*state):
             end = f'In the end: {dict(state[0])}, {state[2]}'
-            sys.exit('\n'.join([f'WRONG: {self.scenario}', *tell(self.path), end]))
+            sys.exit('\n'.join([f'WRONG: {self.scenario}', *tell(sum(self.path, [])), end]))
         for move in moves:
             if move[1] not in self.seen:
                 self.visit(*move)
-        del self.path[-len(steps) :]
+        self.path.pop()
 
     def find_moves(self, objects, deliveries, tally):
         """Yield the steps that may be taken next, and the state after them."""
         for one in dict.fromkeys(deliveries):
             place = deliveries.index(one)
             others = deliveries[:place] + deliveries[place + 1 :]
-            for steps, after, then, tally_then in self.choose(one, objects, tally):
-                yield steps, (then, tuple(sorted(others + after)), tally_then)
+            for steps, after, then, later in self.choose(one, objects, tally):
+                yield steps, (then, tuple(sorted(others + after)), later)
         # A pause outlasts what has begun, and the body. A part may be delivered after it.
         begun = [one for one in deliveries if one.answers or one.message[0] == 'body']
         if begun and all(one.step[0] == 'waits' for one in begun):
@@ -186,49 +176,48 @@ class Search:
             yield [(begun, 'woken', after)], (objects, tuple(sorted(others + after)), tally)
 
     def find_choices(self, one, objects, tally):
-        """As find_events(), but what nobody notices then is done at once, in no other order."""
-        choices = []
+        """As find_events(), but what nobody else notices follows at once, in no other order."""
         for event, after, *rest in self.find_events(one, objects, tally):
-            ends = [([], after, *rest)]
-            if after and after[0].is_unnoticed(rest[0]):
-                ends = self.choose(after[0], *rest)
-                ends = [(steps, last + after[1:], *rest) for steps, last, *rest in ends]
-            choices += [([((one,), event, after), *steps], *end) for steps, *end in ends]
-        return choices
+            step = ((one,), event, after)
+            if after and after[0].step[0] in ('draws', 'sends', 'ends'):
+                for steps, last, *rest_then in self.choose(after[0], *rest):
+                    yield [step, *steps], last + after[1:], *rest_then
+            else:
+                yield [step], after, *rest
 
     def find_events(self, one, objects, tally):
         """Yield what may happen to this delivery, what is in its place then, objects and tally."""
-        kind, key, *details = *one.step, ''
-        keys, task_id = dict(objects), one.message[0]
+        kind, key, *details = one.step
+        keys, name = dict(objects), one.message[0]
         if kind == 'ends':
             yield 'done', (), objects, tally
         if kind == 'draws':
-            nonces = tuple(sorted([*tally.nonces, task_id]))
-            nonce = f'{task_id} {nonces.count(task_id)}'
+            nonces = tuple(sorted([*tally.nonces, name]))
+            nonce = f'{name} {nonces.count(name)}'
             yield nonce, (one.after(nonce),), objects, tally._replace(nonces=nonces)
         if kind == 'sends':
             copies = self.scenario.parts.count(key) + (key == 'body' and not self.scenario.silent)
-            after = one.after(key), *[self.deliver(details[1])] * copies
+            after = (one.after(key), *[self.deliver(details[1])] * copies)
             sent = tally.sent + (key + details[0],) * (key in ENDS)
             yield 'done', after, objects, tally._replace(sent=sent)
         if kind in ('GET', 'PUT', 'DELETE'):
             answer, then = answer_as_s3(objects, *one.step)
             later = tally
-            if then != objects and RESULT in key and key in keys:
-                later = tally._replace(sent=(*tally.sent, f'{key} again'))
-            if then != objects and task_id == 'start' and tally.sent:
-                is_new = NOTE in key and key not in keys
-                later = tally._replace(more=tally.more + is_new, stays=True)
+            if then != objects and name == 'start' and tally.sent:  # it starts what has ended
+                more = tally.more + (NOTE in key and key not in keys)
+                later = tally._replace(more=more, stays=True)
             yield answer, (one.after(answer),), then, later
             if tally.lost and answer == b'':
                 yield LOST, (one.after(LOST),), then, later._replace(lost=tally.lost - 1)
         # To die before a read is to die after the last write.
-        is_mortal = one.answers and (task_id != 'start' or self.scenario.starts)
+        is_mortal = one.answers and (name != 'start' or self.scenario.starts)
         if tally.deaths and is_mortal and kind not in ('GET', 'draws', 'raises'):
             has_sent = not {*ENDS}.isdisjoint(one.answers)
             is_shown = RESULT + 'body' in keys or RECORD not in str(keys)
             more = tally.more + (has_sent and self.scenario.silent and not is_shown)
-            later = Tally(tally.lost, tally.deaths - 1, tally.nonces, tally.sent, more, has_sent or tally.stays)
+            later = tally._replace(
+                deaths=tally.deaths - 1, more=more, stays=tally.stays or has_sent
+            )
             yield 'DIES', (self.deliver(one.message),), objects, later
 
     def is_right(self, objects, deliveries, tally):
@@ -240,8 +229,8 @@ class Search:
         elif self.scenario.silent:
             del right['body']
         left = dict(objects)
-        are_stored = all(right[task] in str(left.pop(RESULT + task, '')) for task in right)
-        is_sent = set(tally.sent) == {call} and len(tally.sent) <= 1 + tally.more
+        are_stored = all(right[name] in str(left.pop(RESULT + name, '')) for name in right)
+        is_sent = {*tally.sent} == {call} and len(tally.sent) <= 1 + tally.more
         return not deliveries and are_stored and is_sent and (tally.stays or not left)
 
 
@@ -271,10 +260,11 @@ for number, (scenario, fates, order) in enumerate(searches):
     # Three shares of the time that is left, as the last ones take the longest.
     latest = min(began + 3 * (deadline - began) / (len(searches) - number), deadline)
     search = Search(scenario, fates.count('lost'), fates.count('dies'), latest)
-    with suppress(TimeoutError):
-        search.visit(*search.first)
-    have_ended = have_ended and not search.path
-    counts = f'{len(search.seen):7} states {next(search.numbers):5} runs'
-    took = f'{time.monotonic() - began:6.1f} s{": NOT ALL" if search.path else ""}'
-    print(f'{scenario.name:32} {fates:9} {order:9} {counts} {took}', flush=True)
+    took = time.monotonic() - began
+    has_ended = began + took < latest
+    have_ended = have_ended and has_ended
+    print(f'{scenario.name:32} {fates:9} {order:9} {len(search.seen):7} states', end='')
+    print(
+        f'{next(search.numbers):6} runs {took:6.1f} s', '' if has_ended else 'NOT ALL', flush=True
+    )
 sys.exit(not have_ended)
