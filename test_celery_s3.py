@@ -401,6 +401,7 @@ AWS, MINE = 'https://results.s3.us-east-1.amazonaws.com/', 'https://mine:3/s3/'
     ({'bucket': 'ap-s3alias'}, {}, 'https://ap-s3alias.s3.us-east-1.amazonaws.com/'),
     ({}, {'USE_FIPS_ENDPOINT': 'true', 'USE_DUALSTACK_ENDPOINT': 'true'},
      'https://results.s3-fips.dualstack.us-east-1.amazonaws.com/'),
+    ({}, {'USE_DUALSTACK_ENDPOINT': 'true'}, AWS.replace('.s3.', '.s3.dualstack.')),
     ({}, {'ENDPOINT_URL': 'http://any:1'}, 'http://any:1/results/'),
     ({}, {'ENDPOINT_URL': 'http://any:1', 'ENDPOINT_URL_S3': MINE}, f'{MINE}results/'),
     ({'endpoint_url': MINE}, {'ENDPOINT_URL_S3': 'http://any:1'}, f'{MINE}results/'),
@@ -906,6 +907,8 @@ def results_of(app, *task_ids):
 def test_what_ends_is_found_soon_and_cheaply(store, app, clock, ends, stuck, late, most):
     for number, end in enumerate(ends):
         clock.at(end, store.finish, f'{number}', number)
+    for number in range(-stuck, 0):
+        store.finish(f'{number}', status='STARTED')
     clock.sleep(0)
     results = results_of(app, *map(str, range(-stuck, len(ends))))
     found = results.iter_native()
