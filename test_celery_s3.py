@@ -911,7 +911,7 @@ def test_what_ends_is_found_soon_and_cheaply(store, app, clock, ends, stuck, lat
         store.finish(f'{number}', status='STARTED')
     clock.sleep(0)
     results = results_of(app, *map(str, range(-stuck, len(ends))))
-    found = results.iter_native()
+    found = results.iter_native(timeout=9999)
     assert sorted(next(found)[1]['result'] for _ in ends) == [*range(len(ends))]
     assert ends[-1] <= clock.now <= ends[-1] + late
     assert len(store.sent) <= most
@@ -921,7 +921,7 @@ def test_what_ends_is_found_soon_and_cheaply(store, app, clock, ends, stuck, lat
 def test_an_interval_of_the_callers_own_is_kept(store, app, clock):
     seen = []
     clock.at(500, store.finish, 'id', 42)
-    app.backend.wait_for('id', interval=5, on_interval=lambda: seen.append(len(store.sent)))
+    app.backend.wait_for('id', 999, 5, on_interval=lambda: seen.append(len(store.sent)))
     assert (clock.slept, seen) == ([5] * 100, [*range(1, 101)])  # after a pause, before a look
 
 
@@ -1131,15 +1131,16 @@ def test_what_happens_meanwhile_is_noticed(store, app, meanwhile):
         )  # but not its delivery, which reads the note before this one writes it
         return found
 
-    parts, _, chord_id = begin(app, 'a', 'b')
+    (first, a, *others, b), _, chord_id = begin(app, *'1a23b')
+    for part in first, *others:
+        finish(app, part)
     if not meanwhile.startswith('it ends'):
         store.finish('a', 4)
-    first_look, note = f'GET {TASK}a', f'PUT {CHORD}{chord_id}'
-    at = first_look if meanwhile == 'it ends unseen' else note
+    at = f'GET {TASK}a' if meanwhile == 'it ends unseen' else f'PUT {CHORD}{chord_id}'
     store.fail_next(at, lost if meanwhile == 'lost' else act)
-    finish(app, parts[1], 5)
-    assert len(bodies(app)) == (meanwhile != 'others write')
-    finish(app, parts[0], 4)
+    finish(app, b, 5)
+    assert bodies(app) == ([] if meanwhile == 'others write' else [[[1, 4, 1, 1, 5]]])
+    finish(app, a, 4)
     assert not bodies(app)
 
 
@@ -1280,7 +1281,7 @@ def shapes(app):  # of chords with their values, and of chords that fail
         'an inner chord, first': chord([chord([add(1), fail()], total()), add(1)], total()),
         'group | group': group(fail(), add(1), app=app) | bodies['a chain in a group'],
         'replaced by a group that fails': chord([replaced('fail'), add(1)], total()),
-        'ignored': chord([silent, add(1)], total()),
+        'ignored, and its body a chain': chord([silent, add(1)], total() | add(1)),
         'ignored, in a chain': chord([silent | add(1).set(ignore_result=True)], total()),
     }
 

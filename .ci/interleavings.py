@@ -2,7 +2,7 @@
 
 What a delivery does next is determined by the answers that it has had: so the code is asked once
 for each such history, and stopped at its next step. All else is a walk through states, each seen
-once. In turn, each answer is lost, and each worker dies, whose message is delivered again."""
+once. At each place in turn, an answer is lost, or a worker dies and its message comes again."""
 
 import json
 import os
@@ -20,12 +20,16 @@ from celery import Celery, chord
 sys.path.insert(0, os.getcwd())
 import celery_s3
 
-# A letter is a part, as often as it is delivered; 0 starts: one, by who does not die.
-Scenario = namedtuple('Scenario', 'name parts fates starts failing silent', defaults=[0, '', 0])
+# A letter is a part, as often as it is delivered. Of the body, this is stored in the end. The
+# chord is started as often as said; 0 means once, by a worker that does not die.
+DONE = 'result of body'
+Scenario = namedtuple('Scenario', 'name parts fates starts failing stored', defaults=[0, '', DONE])
 SCENARIOS = [
     Scenario('two parts', 'AB', ['lost', 'lost lost', 'dies', 'dies dies', 'dies lost']),
-    Scenario('one of two fails', 'AB', ['lost', 'dies'], failing='A', silent=True),
-    Scenario('two, the body stores no state', 'AB', ['dies'], silent=True),
+    Scenario('one of two fails', 'AB', ['lost', 'dies'], failing='A', stored='boom'),
+    Scenario('two, the body stores no state', 'AB', ['dies'], stored='None'),
+    Scenario('one delivered twice, no state', 'AA', ['dies'], stored='None'),
+    Scenario('one part, started twice', 'A', [''], starts=2),  # with 'dies' it ends wrong
     Scenario('one delivered three times', 'AAA', ['lost']),
     Scenario('the first of two delivered twice', 'AAB', ['', 'dies']),
     Scenario('the last of two delivered twice', 'ABB', ['', 'dies']),
@@ -33,15 +37,14 @@ SCENARIOS = [
     Scenario('four parts', 'ABCD', ['']),
     Scenario('two parts, the starter may die', 'AB', ['dies'], starts=1),
     Scenario('two parts, started twice', 'AB', [''], starts=2),
-    Scenario('one part, started twice', 'A', [''], starts=2),
 ]
 ORDERS = {'as listed': list.sort, 'reversed': lambda ids: ids.sort(reverse=True)}
-START = ('start', None)  # the message to who starts the chord
 RESULT, RECORD, NOTE = 'celery-task-meta-', 'celery-taskset-meta-', 'chord-unlock-'
 MISSING, LOST = 'NoSuchKey', 'done, but the answer is lost'
 BUCKET = celery_s3.Bucket(bucket='b')
 vars(BUCKET).update(_lock=None, _session=None, _http=None, _threads=SimpleNamespace(map=map))
-# A state: the objects, the deliveries that have not ended, and a tally of fates, nonces and sends.
+# A state: the objects, the deliveries that have not ended, and a tally: the fates and nonces; what
+# the chord sent; how much more of it, and whether leftovers, are explained by a death or a start.
 Tally = namedtuple('Tally', 'lost deaths nonces sent more stays')
 Stop = type('Stop', (BaseException,), {})  # it ends a run of the code before its next step
 
@@ -64,7 +67,7 @@ class Delivery:  # a history: a message, the answers so far, and the step that t
         return self.number < other.number
 
     def work(self, scenario, task_id, body):
-        if self.message == START:
+        if task_id == 'start':
             parts = [APP.signature('part').set(task_id=part) for part in sorted({*scenario.parts})]
             errback = APP.signature('errback').set(task_id='errback')
             whole = chord(parts, APP.signature('body').set(link_error=[errback]), app=APP)
@@ -124,7 +127,7 @@ class Search:  # a walk through the states of a scenario
         self.scenario, self.deadline, self.seen, self.path = scenario, deadline, set(), []
         self.numbers, self.deliver = count(), cache(lambda *history: Delivery(self, *history))
         self.choose = cache(lambda *situation: [*self.find_choices(*situation)])
-        starters = (self.deliver(START),) * max(1, scenario.starts)
+        starters = (self.deliver(('start', None)),) * max(1, scenario.starts)
         tally = Tally(lost, deaths, (), (), 0, False)
         self.visit([((), '', starters)], (frozenset(), starters, tally))
 
@@ -135,7 +138,7 @@ class Search:  # a walk through the states of a scenario
         self.path.append(steps)
         moves = [*self.find_moves(*state)]
         if not moves and not self.is_right(*state):
-            end = f'In the end: {dict(state[0])}, {state[2]}'
+            end = f'{[one.step for one in state[1]]} {dict(state[0])} {state[2]}'
             sys.exit('\n'.join([f'WRONG: {self.scenario}', *tell(sum(self.path, [])), end]))
         for move in moves:
             if move[1] not in self.seen:
@@ -174,7 +177,7 @@ class Search:  # a walk through the states of a scenario
         elif kind == 'sends' and key in self.scenario.parts:
             new = [self.deliver(details[1])] * self.scenario.parts.count(key)
         elif kind == 'sends':
-            new = [self.deliver(details[1])] * (key == 'body' and not self.scenario.silent)
+            new = [self.deliver(details[1])] * (key == 'body' and self.scenario.stored == DONE)
             answer, later = 'sent', tally._replace(sent=(*tally.sent, key + details[0]))
         elif kind in ('GET', 'PUT', 'DELETE'):
             answer, then = answer_as_s3(objects, *one.step)
@@ -192,18 +195,14 @@ class Search:  # a walk through the states of a scenario
         if is_mortal and kind not in ('GET', 'draws', 'raises'):
             has_sent = 'sent' in one.answers
             is_shown = RESULT + 'body' in keys or RECORD not in str(keys)
-            more = tally.more + (has_sent and self.scenario.silent and not is_shown)
+            more = tally.more + (has_sent and self.scenario.stored != DONE and not is_shown)
             later = Tally(tally.lost, tally.deaths - 1, *tally[2:4], more, tally.stays or has_sent)
             yield 'DIES', (self.deliver(one.message),), objects, later
 
     def is_right(self, objects, deliveries, tally):
         values = [f'result of {part}' for part in sorted({*self.scenario.parts})]
-        call, result = f'body({values},)', 'result of body'
-        if self.scenario.failing:
-            call, result = "errback('body',)", 'boom'
-        elif self.scenario.silent:
-            result = 'None'
-        is_stored = result in str(dict(objects).get(RESULT + 'body'))
+        call = "errback('body',)" if self.scenario.failing else f'body({values},)'
+        is_stored = self.scenario.stored in str(dict(objects).get(RESULT + 'body'))
         is_sent = {*tally.sent} == {call} and len(tally.sent) <= 1 + tally.more
         is_clean = tally.stays or all(RESULT in key for key, value in objects)
         return not deliveries and is_stored and is_sent and is_clean
@@ -233,8 +232,9 @@ for number, (scenario, fates, order) in enumerate(searches):
     began = time.monotonic()  # the last ones take the longest, so each has three shares
     latest = min(began + 3 * (deadline - began) / (len(searches) - number), deadline)
     search = Search(scenario, fates.count('lost'), fates.count('dies'), latest)
-    late += time.monotonic() > latest
-    end = 'NOT ALL' if time.monotonic() > latest else 'to the end'
-    took = f'{next(search.numbers):5} runs {time.monotonic() - began:6.1f} s {end}'
-    print(f'{scenario.name:32} {fates:9} {order:9} {len(search.seen):7} states', took, flush=True)
+    took = time.monotonic() - began
+    late += began + took > latest
+    end = f'{took:6.1f} s {"NOT ALL" if began + took > latest else "to the end"}'
+    counts = f'{len(search.seen):7} states {next(search.numbers):5} runs'
+    print(f'{scenario.name:32} {fates:9} {order:9} {counts} {end}', flush=True)
 sys.exit(late)
