@@ -3,9 +3,26 @@
     app.conf.result_backend = 'celery_s3.S3Backend'
     app.conf.s3_backend_settings = {'bucket': 'my-results'}
 
-`Bucket` speaks signed S3 over HTTP. `S3KeyValueBackend` is a whole backend on it, with Celery's
-own ways of storing, waiting and running chords. Three subclasses improve on one of these each, and
-know nothing of each other; `S3Backend` joins them. To do without one, take its name out there."""
+`Bucket` speaks signed S3 over HTTP. `S3KeyValueBackend` is a whole backend on it, with Celery's own
+ways of storing results, waiting for them and running chords. Three subclasses improve one of these
+ways each and know nothing of one another; `S3Backend` joins them. Whoever wants to do without one
+writes a class like `S3Backend` with the other two. Read `Settings` first, and last the chords.
+
+There is no botocore client here. To make one takes more time and memory than all of this module
+does, in each process of a worker; and it adds checksums to each PUT, which some stores refuse.
+
+A chord survives the death of a worker only where the broker delivers the dead worker's messages
+again: set `task_acks_late`, and `task_reject_on_worker_lost` for the children of a prefork pool.
+
+What this module relies on, though it is not public or not documented:
+- Celery 5.4.0, 5.5.3, 5.6.3, 5.7.0: that it calls the methods which are overridden here as their
+  docstrings say; `thread_safe`, `supports_...`, `save_group`, `delete_group`, `get_key_for_...`,
+  `_get_result_meta` of a backend; `_cache` and `_maybe_set_cache` of a result; that a request takes
+  new attributes; that a chord's parts are published after apply_chord() and carry its very `body`.
+- kombu 5.3 to 5.7: `retry_over_time`, which it uses itself to connect to a broker.
+- botocore 1.34.41, 1.44.8: `URLLib3Session` with its `socket_options` and the `kwargs` of its
+  errors; `utils`, `handlers.VALID_BUCKET`, the data file 'partitions', the parser of XML errors.
+"""
 
 import json
 import logging
@@ -15,65 +32,113 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import chain, count, islice
+from dataclasses import dataclass, field, fields, replace
 from socket import IPPROTO_TCP, TCP_NODELAY
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from botocore import auth, awsrequest, exceptions, httpsession, parsers, session, utils
+import botocore.exceptions
+import botocore.session
+from botocore import auth, awsrequest, handlers, httpsession, parsers, utils
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from celery import canvas, states, uuid
 from celery.backends.base import Context, KeyValueStoreBackend
-from celery.exceptions import BackendStoreError, ChordError, ImproperlyConfigured, OperationalError
+from celery.exceptions import BackendStoreError, ChordError, ImproperlyConfigured
 from celery.result import result_from_tuple
+from kombu.exceptions import OperationalError
 from kombu.utils.encoding import bytes_to_str, ensure_bytes, safe_repr
 from kombu.utils.functional import retry_over_time
 
-# What this module relies on though it is not public, or is documented nowhere:
-# - Celery (seen in 5.4.0, 5.5.3, 5.7.0): the methods that are overridden here (all without an
-#   underscore but `bucket`; `_store_result`; `_fail_chain`, new in 5.7); `_get_result_meta`;
-#   `_maybe_set_cache` and `_cache` of results; that requests take attributes; that a chord's parts
-#   are published after apply_chord() and carry the body that it was given.
-# - botocore (seen in 1.31.62, 1.44.8): `URLLib3Session` and its `socket_options`, the `kwargs` of
-#   its errors, the 'rest-xml' parser without a shape, the `outputs` of the partitions.
 __version__ = '2.0.0'
-backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]  # as in celery-s3 1.x
 logger = logging.getLogger(__name__)
-# What may pass. 409: others write this key now; no credentials: a metadata service is busy.
+# Settings of celery-s3 1.x name 'celery_s3.backends.S3Backend'. That name works wherever this module
+# has been imported in the usual way.
+if __name__ in sys.modules:
+    backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]
+
+# What is worth another attempt: these statuses, besides those from 500 on (408: the request came too
+# slowly; 409: others write this key now; 429: too many requests; 499: MinIO is shutting down), ...
+TRANSIENT_STATUSES = {408, 409, 429, 499}
+# ... codes with one of these words in them: what botocore's 'standard' retries take for throttling;
+# a body or a date that was spoilt on its way; an identity that AWS STS could not have confirmed, ...
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-TRANSIENT_STATUSES = {409, 429, 500, 502, 503, 504}
-TRANSIENT_CODES = {'RequestTimeout', 'SlowDown', 'Throttling'}
-TRANSIENT_ERRORS = (exceptions.ConnectionError, exceptions.ConnectionClosedError,
-    exceptions.ReadTimeoutError, exceptions.NoCredentialsError,
-    exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)  # fmt: skip
-# What is pasted into a URL or a header has to be what it says it is: a pattern and its meaning.
-PRINTABLE = ('([!-~]([ -~]*[!-~])?)?', 'printable ASCII, with no space or newline at its ends')
-HOST = r'https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?'
-RULES = {  # no directory buckets, NAME--ZONE--x-s3, which have other hosts and signatures
-    'bucket': (r'(?!.*--\w+-s3$|\.\.?$)[\w.-]{1,255}', 'a name or an alias, no URL and no ARN'),
-    'base_path': (r'(?!(.*/)?\.\.?(/|$))[^\0-\x1f\x7f]*', "without '.', '..', control characters"),
-    'aws_region': (r'[\w-]{1,63}', 'a name such as us-east-1'),
-    'endpoint_url': (rf'({HOST}(/[\w.~/-]*)?)?', 'http://HOST or https://HOST, or with a port'),
-    'max_connections': (r'[1-9]\d*', 'a whole number, 1 or more'),
-}
+TRANSIENT_CODES = re.compile(
+    'Throttl|LimitExceeded|TooManyRequests|SlowDown|RequestTimeout|PriorRequestNotComplete'
+    '|ProvisionedThroughputExceeded|TransactionInProgress|RequestTimeTooSkewed|BadDigest'
+    '|XAmzContentSHA256Mismatch|IDPCommunicationError|InvalidIdentityToken'
+)
+# ... and these errors: no connection, a connection that broke, a busy source of credentials.
+TRANSIENT_ERRORS = (
+    botocore.exceptions.ConnectionError,
+    HTTPClientError,
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.CredentialRetrievalError,
+    botocore.exceptions.MetadataRetrievalError,
+)
+# How often a request is sent at most, unless AWS_MAX_ATTEMPTS says it.
+ATTEMPTS = 5
+# Seconds that the first pause between two attempts may last, if the store has too much to do or
+# cannot be reached, and if a connection broke; and seconds that any pause may last.
+FIRST_PAUSE_BUSY, FIRST_PAUSE_BROKEN, LONGEST_PAUSE = 1.0, 0.2, 20.0
+
+# The codes that mean that a condition is not met. '412' is that of an answer without a body;
+# NoSuchKey, that there is nothing which could have the etag.
+UNMET = {'PreconditionFailed', '412', 'NoSuchKey'}
+# The forms of an etag in If-Match, each with the codes that mean 'not met'. AWS takes both forms,
+# Cloudflare R2 the first one only (the other is an InvalidArgument), Ceph 16 the second one only.
+ETAG_FORMS = {'"{}"': UNMET, '{}': UNMET | {'InvalidArgument'}}
+# How often a state is written at most, each time on top of what others have written in between, and
+# seconds that a pause before the third time and each later one may last.
+STORE_ATTEMPTS, STORE_PAUSE = 20, 0.2
+
+# Seconds: the interval with which Celery calls if the user has given none, and our own limits.
+CELERYS_INTERVAL, SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.5, 0.5, 30.0
+
+# Seconds within which the last attempt to publish a chord's body begins. It came back within 4.3
+# seconds more from brokers that refuse or never answer. So after the grace, a delivery that has
+# begun to send the body has ended, or its worker has died.
+SENDING_LIMIT = 20
+SENDING_GRACE = SENDING_LIMIT + 10
+# The arguments of kombu's retry_over_time() for an attempt each second.
+RETRIES = {'interval_start': 1, 'interval_step': 0, 'interval_max': 1, 'timeout': SENDING_LIMIT}
+# An option in a chord's body that tells its parts the chord's id, by which they find the note.
+CHORD_ID = 'celery_s3_chord_id'
+
+# What a setting has to be. Each text that is not here has to be PRINTABLE: it may stand in a header.
+PRINTABLE = re.compile('([!-~]([ -~]*[!-~])?)?')
+# https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2
+HEADER_NAME = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# A bucket of S3 Express. Other names with such an end have hosts that are not known here.
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/directory-bucket-naming-rules.html
+EXPRESS_BUCKET = re.compile('[a-z0-9-]+--(?P<zone>[a-z0-9]+(-[a-z0-9]+)+)--x-s3')
+SPECIAL_BUCKET = re.compile(r'.*--\w+-s3')
+# No part of a path may be '.' or '..', and no character a control character.
+PATH = re.compile(r'(?!(.*/)?\.\.?(/|$))[^\0-\x1f\x7f]*')
+REGION = re.compile('[a-zA-Z0-9-]{0,63}')
+# A scheme, a host, perhaps a port and a path, and nothing else. botocore looks closer at the host.
+ENDPOINT = re.compile(r'https?://(\[[^\]]+\]|[^@:/?#]+)(:\d{1,5})?(/[\w.~/-]*)?', re.ASCII)
 
 
-# Errors
-def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed when it is sent again."""
-    if isinstance(error, exceptions.ClientError):
-        status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
-        return status in TRANSIENT_STATUSES or error.response['Error']['Code'] in TRANSIENT_CODES
-    return isinstance(error, TRANSIENT_ERRORS) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
+# Settings
 
 
-class Bucket:
-    """A folder of an S3 bucket, for all threads of one process. Its parameters are the settings;
-    None and '' mean 'not set'. Raises ValueError for a wrong one, ClientError for what S3 refuses,
-    botocore's other errors where S3 is out of reach, and what a signal's handler raises."""
+def is_header(name: object, value: object) -> bool:
+    """Whether HTTP can send a header of this name with this value."""
+    if not isinstance(name, str) or not isinstance(value, str):
+        return False
+    return bool(HEADER_NAME.fullmatch(name) and PRINTABLE.fullmatch(value))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings:
+    """What a user sets. Error trackers send what is in the variables of functions that fail. So
+    this class has no repr, and nowhere in this module is a secret put into such a variable."""
 
     bucket: str = ''
+    # A folder in the bucket.
     base_path: str = ''
     aws_region: str = ''
     aws_profile: str = ''
@@ -81,244 +146,489 @@ class Bucket:
     aws_secret_access_key: str = ''
     aws_session_token: str = ''
     endpoint_url: str = ''
-    headers: dict  # sent with each PUT; none where it is not set
-    conditional_writes: bool = (
-        True  # else, for stores without them, storing and chords are Celery's
-    )
-    denied_is_missing: bool = False  # without s3:ListBucket, S3 answers 403 for a missing key
-    max_connections: int = 50  # and threads of run()
+    # Sent with each PUT.
+    headers: Mapping = field(default_factory=dict)
+    # Whether the store honours conditions. If it does not, storing and chords are Celery's own.
+    conditional_writes: bool = True
+    # For those without s3:ListBucket, to whom S3 answers 403 where a key is missing.
+    denied_is_missing: bool = False
+    # The most connections that are kept, and the most threads of Bucket.map_parallel().
+    max_connections: int = 50
+    # No setting: the names that from_dict() does not know. check() reports them.
+    unknown: tuple = ()
 
-    def __init__(self, **settings):
-        known = Bucket.__annotations__
-        unknown = [name for name in settings if name not in known]
-        settings = {name: value for name, value in settings.items() if value not in (None, '')}
-        vars(self).update({'headers': {}, **settings})
-        del settings  # what follows may fail, and tracebacks show what is in variables
-        if unknown:
-            raise TypeError(f'unknown setting {unknown[0]!r}; known are {", ".join(known)}')
-        self._session = session.Session(profile=self.aws_profile or None)
+    @classmethod
+    def from_dict(cls, given: Mapping) -> 'Settings':
+        """Settings of a dict, where None and '' mean 'not set'. It cannot fail, as it holds keys."""
+        known = [each.name for each in fields(cls) if each.name != 'unknown']
+        unknown = tuple(name for name in given if name not in known)
+        is_set = [name for name in known if given.get(name) not in (None, '')]
+        return cls(unknown=unknown, **{name: given[name] for name in is_set})
+
+    def complete(self, session: botocore.session.Session) -> 'Settings':
+        """These settings, with region and endpoint from where every AWS tool finds them."""
+        config = session.get_config_variable
+        region = self.aws_region or config('region') or 'us-east-1'
+        url = self.endpoint_url
+        if not url and not config('ignore_configured_endpoint_urls'):
+            url = os.getenv('AWS_ENDPOINT_URL_S3') or os.getenv('AWS_ENDPOINT_URL') or ''
+        return replace(self, aws_region=region, endpoint_url=url)
+
+    def check(self) -> None:
+        """Raise ValueError where a setting cannot be right: with its name, without its value."""
+        for name in self.unknown:
+            known = ', '.join(each.name for each in fields(self) if each.name != 'unknown')
+            raise ValueError(f'unknown setting {name!r}; known are {known}')
+        for each in fields(self):
+            kind: Any = each.type
+            if not isinstance(getattr(self, each.name), kind):
+                raise ValueError(f'{each.name} must be of type {kind.__name__}')  # noqa: TRY004
+        bucket, url = self.bucket, self.endpoint_url
+        is_express = EXPRESS_BUCKET.fullmatch(bucket) and utils.check_dns_name(bucket)
+        is_plain = handlers.VALID_BUCKET.fullmatch(bucket) and not SPECIAL_BUCKET.fullmatch(bucket)
+        is_endpoint = not url or (ENDPOINT.fullmatch(url) and utils.is_valid_uri(url))
+        is_number = self.max_connections is not True and self.max_connections > 0
+        are_headers = all(is_header(*each) for each in self.headers.items())
+        has_id, has_secret = bool(self.aws_access_key_id), bool(self.aws_secret_access_key)
+        has_no_token = not self.aws_session_token
+        rules: list[tuple[Any, str]] = [
+            (is_express or is_plain, 'bucket must be a name or an alias, no URL and no ARN'),
+            (PATH.fullmatch(bucket), 'bucket must be a name, not a dot or two'),
+            (
+                PATH.fullmatch(self.base_path),
+                "base_path must have no '.', '..', control characters",
+            ),
+            (REGION.fullmatch(self.aws_region), 'aws_region must be a name such as us-east-1'),
+            (is_endpoint, 'endpoint_url must be http://HOST or https://HOST, or with a port'),
+            (is_number, 'max_connections must be a whole number, 1 or more'),
+            (are_headers, 'headers must be names and values that HTTP can send'),
+            (has_id == has_secret, 'aws_access_key_id and aws_secret_access_key go together'),
+            (has_id or has_no_token, 'aws_session_token goes with aws_access_key_id'),
+        ]
+        for name in (
+            'aws_profile',
+            'aws_access_key_id',
+            'aws_secret_access_key',
+            'aws_session_token',
+        ):
+            is_printable = PRINTABLE.fullmatch(getattr(self, name)) is not None
+            rules.append((is_printable, f'{name} must be printable ASCII, no space at its ends'))
+        for is_right, rule in rules:
+            if not is_right:
+                raise ValueError(rule)
+
+
+# The bucket
+
+
+class Stored(NamedTuple):
+    """An object in the bucket, and its etag (without quotes), which is the number of its version."""
+
+    value: bytes
+    etag: str
+
+
+class Swap(NamedTuple):
+    """The outcome of a conditional write: whether it was done, and what is stored now, if anything."""
+
+    won: bool
+    stored: Stored | None
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed when it is sent again."""
+    if isinstance(error, ClientError):
+        code = str(error.response.get('Error', {}).get('Code'))
+        status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode') or 0
+        # 501 is for what the store does not know.
+        is_failure = status in TRANSIENT_STATUSES or (status >= 500 and status != 501)
+        return is_failure or TRANSIENT_CODES.search(code) is not None
+    return isinstance(error, TRANSIENT_ERRORS) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
+
+
+def choose_pause(error: Exception, attempt: int) -> float:
+    """Seconds from this attempt, the first of which is 1, to the next. They are random, so that
+    clients that have failed together do not come back together.
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/"""
+    first = FIRST_PAUSE_BROKEN
+    if isinstance(error, (ClientError, botocore.exceptions.ConnectionError)):
+        first = FIRST_PAUSE_BUSY
+    # Ten doublings lead past the longest pause in any case, and a thousand to an overflow.
+    return random.uniform(0, min(first * 2 ** min(attempt - 1, 10), LONGEST_PAUSE))
+
+
+def open_session(settings: Settings) -> botocore.session.Session:
+    """A session of botocore, which finds credentials, profiles and the rest of the environment."""
+    session = botocore.session.Session(profile=settings.aws_profile or None)
+    # botocore says so as well, but from a function that holds all profiles with their keys.
+    known = session.available_profiles
+    if session.profile not in (None, *known):
+        raise ValueError(f'aws_profile must be one of {known}')
+    if settings.aws_access_key_id:
+        session.set_credentials(
+            settings.aws_access_key_id,
+            settings.aws_secret_access_key,
+            settings.aws_session_token,
+        )
+    return session
+
+
+def make_root(settings: Settings, session: botocore.session.Session) -> str:
+    """The URL that the bucket's keys come after."""
+    bucket, region = settings.bucket, settings.aws_region
+    if settings.endpoint_url:
+        return f'{settings.endpoint_url.rstrip("/")}/{bucket}/'
+    # China, for example, is a partition of AWS with a suffix of its own. The public one comes first.
+    partitions = session.get_component('data_loader').load_data('partitions')['partitions']
+    matching = [each for each in partitions if re.match(each['regionRegex'], region)]
+    suffix = [*matching, partitions[0]][0]['outputs']['dnsSuffix']
+    fips = '-fips' if session.get_config_variable('use_fips_endpoint') else ''
+    dual_stack = '.dualstack' if session.get_config_variable('use_dualstack_endpoint') else ''
+    express = EXPRESS_BUCKET.fullmatch(bucket)
+    service = f's3express{fips}-{express["zone"]}' if express else f's3{fips}'
+    host = f'{service}{dual_stack}.{region}.{suffix}'
+    # S3's certificates do not cover names with dots, and hosts have no capitals, as old names may.
+    if utils.check_dns_name(bucket):
+        return f'https://{bucket}.{host}/'
+    return f'https://{host}/{bucket}/'
+
+
+def strip_error(error: Any) -> BaseException:
+    """The same error without the frames and the other errors that hang on it: these hold keys."""
+    if type(error) is HTTPClientError:
+        # This very class, unlike those derived from it, is only a wrapper: of a task's soft time
+        # limit, for example, which has to reach the task.
+        return strip_error(error.kwargs['error'])
+    if isinstance(error, (botocore.exceptions.ConnectionError, HTTPClientError)):
+        cause: BaseException = error
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        # A copy, because the original keeps the request. It tells the cause as a text.
+        copy = type(error)(**{name: str(error.kwargs[name]) for name in error.kwargs})
+        copy.args = (f'{error} ({type(cause).__name__}: {cause})',)
+        return copy
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def read_refusal(answer: awsrequest.AWSResponse, status: int) -> dict:
+    """What ClientError takes of an answer. S3 repeats the request's headers in some, with the
+    session token: they are left out."""
+    given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
+    # The parser is given no shape (None), as a proxy may have answered in its own.
+    parsed = parsers.create_parser('rest-xml').parse(given, None)
+    error = parsed.get('Error', {})
+    texts = {'Code': error.get('Code') or str(status), 'Message': error.get('Message') or ''}
+    return {'Error': texts, 'ResponseMetadata': parsed['ResponseMetadata']}
+
+
+class Bucket:
+    """A folder of an S3 bucket, for all threads of one process. Raises ValueError for a wrong
+    setting, ClientError for what S3 refuses, botocore's other errors where S3 is out of reach, and
+    what the handler of a signal raises."""
+
+    def __init__(self, settings: Settings):
+        settings.check()
+        self._session = open_session(settings)
+        self.settings = settings.complete(self._session)
+        # What the environment says of region and endpoint may be wrong, too.
+        self.settings.check()
         config = self._session.get_config_variable
-        self.aws_region = self.aws_region or config('region') or 'us-east-1'
-        if not self.endpoint_url and not config('ignore_configured_endpoint_urls'):
-            for name in 'AWS_ENDPOINT_URL', 'AWS_ENDPOINT_URL_S3':
-                self.endpoint_url = os.getenv(name) or self.endpoint_url
-        self._check()
-        if self.aws_access_key_id:
-            self._session.set_credentials(self.aws_access_key_id, self.aws_secret_access_key,
-                self.aws_session_token)  # fmt: skip
-        self._session.set_config_variable('region', self.aws_region)  # STS is asked there, too
-        self._prefix = f'{self.base_path.strip("/")}/'.lstrip('/')
-        self.uri = f's3://{self.bucket}/{self._prefix}'
-        self._root = self._find_root(config)
-        self._attempts = config('max_attempts') or 5  # AWS_MAX_ATTEMPTS, the first one included
-        self._etag_forms = ['"{}"', '{}']  # AWS takes both, R2 the first one, Ceph 16 the other
+        # Where a role has to be assumed, AWS STS is asked in this region.
+        self._session.set_config_variable('region', self.settings.aws_region)
+        self._events = self._session.get_component('event_emitter')
+        folder = self.settings.base_path.strip('/')
+        self._prefix = f'{folder}/' if folder else ''
+        self.uri = f's3://{self.settings.bucket}/{self._prefix}'
+        self._root = make_root(self.settings, self._session)
+        is_express = utils.is_s3express_bucket(self.settings.bucket)
+        self._service = 's3express' if is_express else 's3'
+        self._attempts = config('max_attempts') or ATTEMPTS
+        # Both forms, until one has been taken.
+        self._etag_forms = [*ETAG_FORMS]
         self._http = httpsession.URLLib3Session(
             verify=config('ca_bundle') or os.getenv('REQUESTS_CA_BUNDLE') or True,
             proxies=utils.get_environ_proxies(self._root),
-            max_pool_connections=self.max_connections,
-            socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],  # Nagle's delay is 40 ms a PUT
+            max_pool_connections=self.settings.max_connections,
+            # Nagle's algorithm would hold back the end of each PUT for 40 ms.
+            socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],
         )
-        self._lock = threading.Lock()  # one thread at a time may look up a session's credentials
-        self._threads = ThreadPoolExecutor(self.max_connections)  # which starts none yet
+        # Two threads must not look up the credentials of one session at the same time.
+        self._lock = threading.Lock()
+        # No thread is started before there is work for it.
+        self._threads = ThreadPoolExecutor(self.settings.max_connections)
 
-    def _check(self) -> None:
-        for name, kind in Bucket.__annotations__.items():  # and no value in a variable, either
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f'{name} must be of type {kind.__name__}')
-            pattern, meaning = RULES.get(name, PRINTABLE)
-            if not re.fullmatch(pattern, str(getattr(self, name)), re.ASCII):  # a number as well
-                raise ValueError(f'{name} must be {meaning}')
-        texts = chain(self.headers, self.headers.values())  # this shows no value, either
-        if not all(isinstance(one, str) and re.fullmatch(PRINTABLE[0], one) for one in texts):
-            raise ValueError(f'headers must be names and values of {PRINTABLE[1]}')
-        is_pair = bool(self.aws_access_key_id) == bool(self.aws_secret_access_key)
-        if not is_pair or (self.aws_session_token and not self.aws_access_key_id):
-            raise ValueError('aws_access_key_id and aws_secret_access_key go together')
-
-    # The verbs
-    def get(self, key: str) -> tuple[bytes | None, str | None]:
-        """The object's bytes and its etag, or None and None where there is no such key."""
-        missing = ('NoSuchKey', 'AccessDenied') if self.denied_is_missing else ('NoSuchKey',)
+    def get(self, key: str) -> Stored | None:
+        """The object of this key, if there is one."""
+        missing = {'NoSuchKey'}
+        if self.settings.denied_is_missing:
+            missing.add('AccessDenied')
         return self._send('GET', key, missing)
 
     def put(self, key: str, value: bytes) -> None:
         """Write the object, whatever was there."""
-        self._send('PUT', key, (), value, self.headers)
+        self._send('PUT', key, set(), data=value, headers=self.settings.headers)
 
-    def put_if(self, key: str, value: bytes, etag: str | None) -> tuple[bytes | None, str | None]:
+    def put_if(self, key: str, value: bytes, etag: str | None) -> Swap:
         """Write the object if it has this etag or, where the etag is None, if there is no object.
-        Returns what is there then, as get() does: this value, or what others have written. Costs
-        a PUT; one more until it is known how the store takes etags; a GET where it was refused.
+
+        It costs a PUT, a second one until it is known in which form the store takes etags, and a
+        GET if it was refused. A value that nobody else writes makes sure of who has won.
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
-        refusals = ['PreconditionFailed', '412', 'NoSuchKey']  # '412': the first, without a body
-        name = 'If-None-Match' if etag is None else 'If-Match'
-        for form in ['*'] if etag is None else self._etag_forms:
-            condition = {name: form.format(etag)}
-            _, new_etag = self._send('PUT', key, refusals, value, self.headers | condition)
-            if new_etag is not None:
-                self._etag_forms = self._etag_forms if etag is None else [form]
-                return value, new_etag
-            refusals.append('InvalidArgument')  # R2's answer to an etag without quotes
-        # Refused: by what others wrote, or by this value, if it was written but the answer lost.
-        return self.get(key)
+        header, forms = 'If-Match', self._etag_forms
+        if etag is None:
+            header, forms = 'If-None-Match', ['*']
+        for form in forms:
+            headers = {**self.settings.headers, header: form.format(etag)}
+            unmet = ETAG_FORMS.get(form, UNMET)
+            stored = self._send('PUT', key, unmet, data=value, headers=headers)
+            if stored is None:
+                continue
+            if not stored.etag:
+                problem = 'the store or a proxy sends no ETag: set conditional_writes to False'
+                raise botocore.exceptions.InvalidConfigError(error_msg=problem)
+            if etag is not None:
+                self._etag_forms = [form]
+            return Swap(True, Stored(value, stored.etag))
+        # A write whose answer was lost has been sent again, and was refused because of itself.
+        found = self.get(key)
+        return Swap(found is not None and found.value == value, found)
 
     def delete(self, key: str) -> None:
         """Delete the object, if there is one."""
-        self._send('DELETE', key, ('NoSuchKey',))
+        self._send('DELETE', key, {'NoSuchKey'})
 
-    def run(self, function: Callable, items: list) -> Iterator[tuple]:
-        """Yield (item, function(item)) in order. Several run at once, in `max_connections` threads
-        that all callers share; an error is raised while others still run. The function only reads:
-        where threads run out, it may be called for an item twice."""
-        values = map(function, items)  # one after the other
+    def ignores_conditions(self, key: str) -> bool:
+        """Whether the store overwrites this object on a condition that cannot be met, at one PUT."""
+        impossible = {'If-Match': '"00000000000000000000000000000000"'}
+        return self._send('PUT', key, UNMET, data=b'', headers=impossible) is not None
+
+    def map_parallel(self, function: Callable, items: list) -> Iterator[tuple]:
+        """Yield (item, function(item)) in order. Many run at once, in threads that all callers
+        share; an error is raised at once, while others still run. The function should only read:
+        where no more threads can be started, it is called twice for some items."""
+        values: Iterable = map(function, items)
         if len(items) > 1:
-            with suppress(RuntimeError):  # from then on one after the other: no thread can start
+            with suppress(RuntimeError):
+                # With this error, which means that no thread can be started, `values` stays as it is:
+                # one after the other.
                 values = self._threads.map(function, items)
         yield from zip(items, values)
 
-    # The environment
-    def _find_root(self, config: Callable) -> str:  # the URL that all keys come after
-        if self.endpoint_url:
-            return f'{self.endpoint_url.rstrip("/")}/{self.bucket}/'
-        # Only the suffix depends on the partition; botocore's list begins with the public one.
-        known = self._session.get_component('data_loader').load_data('partitions')['partitions']
-        found = next((p for p in known if re.match(p['regionRegex'], self.aws_region)), known[0])
-        fips = '-fips' if config('use_fips_endpoint') else ''
-        dual_stack = '.dualstack' if config('use_dualstack_endpoint') else ''
-        host = f's3{fips}{dual_stack}.{self.aws_region}.{found["outputs"]["dnsSuffix"]}'
-        is_label = utils.check_dns_name(self.bucket)  # S3's certificate is for names without dots
-        return f'https://{self.bucket}.{host}/' if is_label else f'https://{host}/{self.bucket}/'
-
-    # Signing, and failures
-    def _send(self, method, key, refusals, body=b'', put_headers=None):
-        """The object's bytes and etag, or None and None if S3 answers with one of the refusals."""
-        url = self._root + quote(self._prefix + key, safe='/-._~', errors='backslashreplace')
+    def _send(self, method: str, key: str, refusals: set, **content: Any) -> Stored | None:
+        """Send a request until S3 has answered for good: with what is stored, or (None) with one of
+        the refusals, which are codes. The content is the `data` and `headers` of AWSRequest."""
+        # UTF-8 has no bytes for half of a surrogate pair, which an id may contain.
+        path = quote(self._prefix + key, safe='/-._~', errors='backslashreplace')
         operation = f'{method} {self.uri}{key}'
-        for attempt in count(1):
+        attempt = 1
+        while True:
             try:
-                request = awsrequest.AWSRequest(method, url, put_headers, body)  # a new date
-                return self._send_once(request, operation, refusals)
-            except (exceptions.ClientError, *TRANSIENT_ERRORS) as error:
+                # A request is made anew each time, because its date and its credentials grow old.
+                request = awsrequest.AWSRequest(method, self._root + path, **content)
+                return self._read(self._exchange(request), operation, refusals)
+            except (ClientError, *TRANSIENT_ERRORS) as error:
                 if attempt >= self._attempts or not is_transient(error):
                     raise
-                is_answer = isinstance(error, exceptions.ClientError)
-                code = error.response['Error']['Code'] if is_answer else type(error).__name__
-                # A store that answers has too much to do: it needs longer than a lost connection.
-                first = 1.0 if is_answer else 0.2  # seconds
-                # Random, so that not all come back at once; the inner min() prevents an overflow.
-                pause = random.uniform(0, min(first * 2 ** min(attempt - 1, 7), 20))
-                logger.warning('%s: %s; attempt %d in %.1f s', operation, code, attempt + 1, pause)
+                pause = choose_pause(error, attempt)
+                reason = f'{type(error).__name__}: {error}'
+                if isinstance(error, ClientError):
+                    reason = error.response['Error']['Code']
+            attempt += 1
+            logger.warning('%s: %s; attempt %d in %.1f s', operation, reason, attempt, pause)
             time.sleep(pause)
 
-    def _send_once(self, request, operation, refusals):
-        answer = self._exchange(request)
-        status = answer.status_code
-        if len(answer.content) != int(answer.headers.get('content-length', len(answer.content))):
-            raise exceptions.ConnectionClosedError(endpoint_url=f'{request.url} (cut short)')
-        if request.method == 'PUT' and status == 200 and b'<Error' in answer.content:
-            status = 500  # AWS may fail after it has said 200
+    def _read(self, answer: Any, operation: str, refusals: set) -> Stored | None:
+        """What is stored, or None if the answer is one of these refusals, or else an error."""
+        status, content, headers = answer.status_code, answer.content, answer.headers
+        # urllib3 does not notice here if the connection broke before the end of a body. A proxy may
+        # repeat the length, as in '5, 5': https://www.rfc-editor.org/rfc/rfc9110#section-8.6
+        length = headers.get('content-length', '').partition(',')[0]
+        if length.isdigit() and int(length) != len(content):
+            url = f'{answer.url} (cut short)'
+            raise botocore.exceptions.ConnectionClosedError(endpoint_url=url)
+        if operation.startswith('PUT') and status == 200 and b'<Error' in content:
+            # S3 may have begun to answer before it failed.
+            status = 500
         if status < 300:
-            return answer.content, answer.headers.get('etag', '').removeprefix('W/').strip('"')
+            # W/ is what a proxy makes of an etag when it compresses the body.
+            return Stored(content, headers.get('etag', '').removeprefix('W/').strip('"'))
         refusal = read_refusal(answer, status)
         if refusal['Error']['Code'] in refusals:
-            return None, None
-        details = f'HTTP {status}, region {self.aws_region}'
+            return None
+        details = f'HTTP {status}, region {self.settings.aws_region}'
         for name in 'x-amz-bucket-region', 'x-amz-request-id':
-            if name in answer.headers:
-                details += f', {name} {answer.headers[name]}'
-        raise exceptions.ClientError(refusal, f'{operation} ({details})')
+            if name in headers:
+                details += f', {name} {headers[name]}'
+        raise ClientError(refusal, f'{operation} ({details})')
 
-    def _exchange(self, request):
+    def _exchange(self, request: awsrequest.AWSRequest) -> awsrequest.AWSResponse:
+        """Sign and send a request. The frames of an error begin here, where none holds keys."""
         try:
-            self._sign(request)
-            return self._http.send(request.prepare())
-        except BaseException as error:
-            # This very class is what botocore wraps others in, such as a task's soft time limit.
-            failure = error.kwargs['error'] if type(error) is exceptions.HTTPClientError else error
-        # Tracebacks show what is in variables: cut off the frames that hold keys and signatures.
-        raise failure.with_traceback(None) from None
+            return self._sign_and_send(request)
+        except BaseException as error:  # noqa: BLE001
+            failure = strip_error(error)
+        # Within 'except', the original error would hang on this one, with its frames.
+        raise failure
 
-    def _sign(self, request):
+    def _sign_and_send(self, request: awsrequest.AWSRequest) -> awsrequest.AWSResponse:
+        """The only method with credentials in its variables."""
         with self._lock:
             credentials = self._session.get_credentials()
-        frozen = credentials and credentials.get_frozen_credentials()  # None: add_auth() raises
-        if not all(re.fullmatch(PRINTABLE[0], text or '') for text in frozen or ()):
-            raise exceptions.InvalidConfigError(error_msg=f'credentials: not {PRINTABLE[1]}')
-        auth.S3SigV4Auth(frozen, 's3', self.aws_region).add_auth(request)
-
-
-def read_refusal(answer, status: int) -> dict:
-    """What ClientError takes of an answer, without what S3 repeats of the signed headers."""
-    given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
-    parsed = parsers.create_parser('rest-xml').parse(given, None)  # None: an error of any shape
-    found = parsed.get('Error', {})
-    error = {'Code': found.get('Code') or str(status), 'Message': found.get('Message', '')}
-    return {'Error': error, 'ResponseMetadata': parsed['ResponseMetadata']}
+        if credentials is None:
+            raise botocore.exceptions.NoCredentialsError
+        try:
+            frozen = credentials.get_frozen_credentials()
+        except RuntimeError as error:
+            # botocore says so if the new credentials of a role have expired, too.
+            problem = {'provider': credentials.method, 'error_msg': str(error)}
+            raise botocore.exceptions.CredentialRetrievalError(**problem) from None
+        if not all(PRINTABLE.fullmatch(text or '') for text in frozen):
+            wrong = 'credentials must be printable ASCII, with no space at their ends'
+            raise botocore.exceptions.InvalidConfigError(error_msg=wrong)
+        auth.S3SigV4Auth(frozen, self._service, self.settings.aws_region).add_auth(request)
+        prepared = request.prepare()
+        # Whoever listens to this event of botocore's may answer, as moto's mock_aws does.
+        name = f'before-send.s3.{request.method.title()}Object'
+        _, answer = self._events.emit_until_response(name, request=prepared)
+        return answer or self._http.send(prepared)
 
 
 class S3KeyValueBackend(KeyValueStoreBackend):
-    """A whole backend, with Celery's own ways of storing, waiting and running chords."""
+    """A whole backend. Celery's own ways of storing, waiting and running chords call get(), set(),
+    delete() and mget(), with keys that begin with what they are for ('celery-task-meta-')."""
 
-    supports_result_compression = True  # the setting result_compression takes effect
-    exception_safe_to_retry = staticmethod(is_transient)  # for result_backend_always_retry
+    # get() returns what was given to set(), bytes included, so results may be compressed.
+    supports_result_compression = True
+    # A lifecycle rule of the bucket deletes old results, so celery beat has no clean-up to schedule.
+    supports_autoexpire = True
+    # Tells Celery for which errors the setting result_backend_always_retry is meant.
+    exception_safe_to_retry = staticmethod(is_transient)
 
     def __init__(self, app, *args, **kwargs):
         super().__init__(app, *args, **kwargs)
-        self.thread_safe = True  # after super(), which resets it; else each thread has a backend
-        # The second name is that of lower-case settings, and that of a namespace, as in Django.
-        name, other = 'CELERY_S3_BACKEND_SETTINGS', 's3_backend_settings'
-        self._settings = app.conf.get(name) or app.conf.get(other) or {}
+        # Celery makes a backend for each thread unless this is set. The method above resets it.
+        self.thread_safe = True
+        name = key = 's3_backend_settings'
+        if 'CELERY_S3_BACKEND_SETTINGS' in app.conf:
+            name = key = 'CELERY_S3_BACKEND_SETTINGS'
+        elif app.namespace:
+            # Celery has taken this prefix off the name that the user wrote, as in Django.
+            name = f'{app.namespace}_S3_BACKEND_SETTINGS'
+        if not isinstance(app.conf.get(key) or {}, Mapping):
+            raise ImproperlyConfigured(f'{name} must be a dict')
+        self._settings = Settings.from_dict(app.conf.get(key) or {})
         try:
-            self._buckets = {os.getpid(): Bucket(**self._settings)}
-        except (TypeError, ValueError, exceptions.BotoCoreError) as error:
-            raise ImproperlyConfigured(f'{name}: {error}') from None  # botocore's frames hold keys
+            self._buckets = {os.getpid(): Bucket(self._settings)}
+            return
+        except (ValueError, BotoCoreError) as error:
+            problem = str(error)
+        # Not within 'except', as in Bucket._exchange().
+        raise ImproperlyConfigured(f'{name}: {problem}')
 
-    def get(self, key: bytes | str) -> bytes | None:
-        return self.bucket.get(self.key_t(key))[0]
+    @property
+    def bucket(self) -> Bucket:
+        """The one of this process: neither connections nor locks may cross a fork."""
+        if os.getpid() not in self._buckets:
+            self._buckets.setdefault(os.getpid(), Bucket(self._settings))
+        return self._buckets[os.getpid()]
 
-    def set(self, key: bytes | str, value: bytes | str) -> None:
+    def get(self, key):
+        """Returns bytes, or None where there is no such key."""
+        stored = self.bucket.get(self.key_t(key))
+        return None if stored is None else stored.value
+
+    def set(self, key, value):
+        """Takes bytes or text."""
         self.bucket.put(self.key_t(key), ensure_bytes(value))
 
-    def delete(self, key: bytes | str) -> None:
+    def delete(self, key):
+        """A key that is not there is no error."""
         self.bucket.delete(self.key_t(key))
 
-    def mget(self, keys: list) -> dict:
-        return dict(self.bucket.run(self.get, keys))
+    def mget(self, keys):
+        """Returns a list of what get() returns for each key."""
+        return [value for _, value in self.bucket.map_parallel(self.get, list(keys))]
 
-    def as_uri(self, include_password: bool = False) -> str:
+    def as_uri(self, include_password=False):
+        """Celery calls this for a worker's banner, and when it reports the configuration."""
         return self.bucket.uri
 
     @staticmethod
-    def key_t(key) -> str:  # an id may be bytes, a UUID or, in an odd message, anything
+    def key_t(key):
+        """Celery calls this for each part of a key, and joins what it returns: text. An id may be
+        bytes, a UUID or, in an odd message, anything."""
         return bytes_to_str(key) if isinstance(key, bytes) else str(key)
 
-    @property
-    def bucket(self) -> Bucket:  # this process's own: no connection or lock may cross a fork
-        if os.getpid() not in self._buckets:
-            self._buckets.setdefault(os.getpid(), Bucket(**self._settings))
-        return self._buckets[os.getpid()]
+
+# What two of the three classes below use
+
+
+def is_ready(meta: dict) -> bool:
+    """Whether a task has ended. Its meta is what is stored of it: state, result and more."""
+    return meta['status'] in states.READY_STATES
+
+
+def list_tasks(results: list) -> list:
+    """The results of single tasks, also those in groups and in groups within groups, in order."""
+    tasks = []
+    for result in results:
+        if hasattr(result, 'results'):
+            tasks += list_tasks(result.results)
+        else:
+            tasks.append(result)
+    return tasks
+
+
+def look_until_not_ready(bucket: Bucket, look: Callable, ids: list, size: int) -> Iterator[tuple]:
+    """Look at `size` tasks at once, then at three times as many and so on, until some of those just
+    looked at are not ready. Yields the id and the meta of each that was looked at."""
+    are_ready = True
+    while ids and are_ready:
+        for task_id, meta in bucket.map_parallel(look, ids[:size]):
+            are_ready = are_ready and is_ready(meta)
+            yield task_id, meta
+        ids = ids[size:]
+        size *= 3
 
 
 # Storing
+
+
 class S3StoringBackend(S3KeyValueBackend):
-    """Stores a state by one PUT, which cannot replace a SUCCESS. Celery's own way reads first, and
-    replaces a SUCCESS that is stored after its reading."""
+    """Stores a state by one PUT, which cannot replace a SUCCESS. Celery's own way reads before it
+    writes, and replaces a SUCCESS that was stored in between."""
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        if not self.bucket.conditional_writes:
+        """Celery calls this in store_result(), with a result that can be encoded; it must return
+        that. Its own makes one write, on condition that the state which this request has stored
+        last is still there or, if it has stored none, that there is none."""
+        if not self.bucket.settings.conditional_writes:
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
+        key = self.get_key_for_task(task_id)
         meta = self._get_result_meta(result, state, traceback, request)
-        value = ensure_bytes(self.encode(meta | {'task_id': self.key_t(task_id)}))
-        is_own = getattr(request, 'id', None) == task_id  # else another task's state
-        etag = getattr(request, '_celery_s3_etag', None) if is_own else None  # of its last state
-        for attempt in range(20):
-            found, etag = self.bucket.put_if(self.get_key_for_task(task_id), value, etag)
-            if found == value and is_own and state != states.SUCCESS:  # which nothing may replace
-                request._celery_s3_etag = etag
-            if found == value or (found and self.decode(found)['status'] == states.SUCCESS):
+        value = ensure_bytes(self.encode({**meta, 'task_id': self.key_t(task_id)}))
+        # A task may store states of other tasks as well: update_state(task_id=...).
+        is_own = getattr(request, 'id', None) == task_id
+        etag = getattr(request, '_celery_s3_etag', None) if is_own else None
+        for attempt in range(STORE_ATTEMPTS):
+            if attempt > 1:
+                time.sleep(random.uniform(0, STORE_PAUSE))
+            won, stored = self.bucket.put_if(key, value, etag)
+            if won:
+                if is_own:
+                    # The etag of a SUCCESS is forgotten, so that no state can be written on it.
+                    request._celery_s3_etag = None if state == states.SUCCESS else stored.etag
                 return result
-            # Others have written. Where they do so twice, a state that is not final counts as
-            # written just before theirs: many tasks may report progress on their parent's id.
+            etag = None
+            if stored is not None:
+                etag = stored.etag
+                found = self.decode(stored.value)['status']
+                # Each worker stores REVOKED for a task that is revoked, and one is enough.
+                if found == states.SUCCESS or found == state == states.REVOKED:
+                    return result
+            # A state that is not final and has lost twice counts as written just before those of
+            # others: many tasks at once may report their progress on the id of their parent.
             if attempt > 0 and state not in states.READY_STATES:
                 return result
         problem = 'others store states of this task all the time, or s3:GetObject is not allowed'
@@ -326,88 +636,174 @@ class S3StoringBackend(S3KeyValueBackend):
 
 
 # Waiting
-def find_tasks(results: list) -> Iterator:  # those of single tasks, in groups within groups, too
-    for result in results:
-        yield from find_tasks(result.results) if hasattr(result, 'results') else [result]
-
-
-def look_until_pending(bucket: Bucket, look: Callable, ids: list, size: int) -> Iterator[tuple]:
-    """Look at `size` tasks, then at three times as many, until one is pending. Yields id, meta."""
-    pending = []
-    while ids and not pending:
-        for task_id, meta in bucket.run(look, ids[:size]):
-            if meta['status'] not in states.READY_STATES:
-                pending.append(task_id)
-            yield task_id, meta
-        ids = ids[size:]
-        size *= 3
 
 
 class S3WaitingBackend(S3KeyValueBackend):
     """Asks less often the longer a task takes, and for many at once. Celery's own way does not."""
 
-    supports_native_join = True  # so a group's get() calls iter_native()
+    # A group's get() calls join_native(), and that iter_native().
+    supports_native_join = True
 
     def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):
+        """Celery calls this for the get() of a task's result; it must return the meta as soon as
+        the task is ready, or raise TimeoutError. Its own waits as for a set of one."""
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
-    def get_many(self, task_ids, timeout=None, interval=0.5, no_ack=True, on_message=None,
-            on_interval=None, max_iterations=None, READY_STATES=states.READY_STATES):  # fmt: skip
-        """Yield the id and the meta of each task as soon as it is ready. Raises TimeoutError."""
-        waiting = dict.fromkeys(map(bytes_to_str, task_ids))  # a set that keeps its order
-        latest = time.monotonic()  # when something became ready, or the beginning
-        deadline = float('inf') if timeout is None else latest + timeout
-        for _ in islice(count(), max_iterations or None):  # without end where it is None
+    def get_many(
+        self,
+        task_ids,
+        timeout=None,
+        interval=0.5,
+        no_ack=True,
+        on_message=None,
+        on_interval=None,
+        max_iterations=None,
+        READY_STATES=states.READY_STATES,
+    ):
+        """Celery's own iter_native() calls this, and so do other tools; it must yield the id and
+        the meta of each task as soon as it is ready, or raise TimeoutError after `timeout` seconds.
+        Its own looks at two tasks for each second of the pause that follows, and at more while all
+        that it met were ready. So a large group costs hardly more requests than a small one."""
+        # A dict is a set that keeps its order.
+        waiting = dict.fromkeys(bytes_to_str(task_id) for task_id in task_ids)
+        last_ready = time.monotonic()
+        deadline = float('inf') if timeout is None else last_ready + timeout
+        rounds = 0
+        while waiting:
+            # A tenth of the time since something was ready, within limits.
+            pause = (time.monotonic() - last_ready) / 10
+            pause = min(max(SHORTEST_INTERVAL, pause), LONGEST_INTERVAL)
+            if interval not in (None, CELERYS_INTERVAL):
+                pause = interval
             ids = list(waiting)
-            growing = min(max(0.5, (time.monotonic() - latest) / 10), 30)  # seconds
-            pause = growing if interval in (None, 0.5) else interval  # 0.5: the caller gave none
-            is_whole = max_iterations or time.monotonic() >= deadline  # a look at all of them
-            size = len(ids) if is_whole else max(1, int(2 * pause))  # so two GETs a second
-            for task_id, meta in look_until_pending(self.bucket, self.get_task_meta, ids, size):
+            size = max(1, int(2 * pause))
+            # All are looked at before time is up, so that nothing that is ready is held back. And
+            # whoever limits the rounds expects to see all in each.
+            if max_iterations or time.monotonic() >= deadline:
+                size = len(ids)
+            for task_id, meta in look_until_not_ready(self.bucket, self.get_task_meta, ids, size):
                 del waiting[task_id]
                 if meta['status'] not in READY_STATES:
-                    waiting[task_id] = None  # at the end, where it keeps no other one back
+                    # To the end of the line, where it does not keep back those behind it.
+                    waiting[task_id] = None
                     continue
                 if on_message is not None:
                     on_message(meta)
                 yield task_id, meta
-                latest = time.monotonic()  # without the time that the caller took
+                # Read only now: the time that the caller has just taken does not count.
+                last_ready = time.monotonic()
             if not waiting:
                 return
-            # Time is up only after a look at all, so that none that is ready is kept back.
             if size >= len(ids) and time.monotonic() >= deadline:
                 raise self.TimeoutError(f'The operation timed out ({timeout})')
             time.sleep(max(0, min(pause, deadline - time.monotonic())))
             if on_interval is not None:
-                on_interval()  # it may raise the error of a task's parent
+                # In a get(), this raises the error of a task that the awaited one comes after.
+                on_interval()
+            rounds += 1
+            if rounds == max_iterations:
+                return
 
-    def iter_native(self, result, timeout=None, interval=0.5, no_ack=True, on_message=None,
-            on_interval=None):  # fmt: skip
-        """Yield (id, meta) of each task, then (id, results) of each group in the set, to Celery's
-        join_native(). It calls get() on these results, which have got their metas by then."""
-        members = {member.id for member in result.results}  # join_native() has one place an id
-        if len(members) < len(result.results):
+    def iter_native(
+        self, result, timeout=None, interval=0.5, no_ack=True, on_message=None, on_interval=None
+    ):
+        """Celery calls this in join_native(), for a set of results; it must yield the id and the
+        meta of each task, and the id and the results of each group in the set: their get() is then
+        called one by one, without a time-out. Its own lets these results know their metas before,
+        so that the time-out holds for all, and nobody is asked twice."""
+        ids = {each.id for each in result.results}
+        if len(ids) < len(result.results):
+            # join_native() keeps one place for each id, and would leave None in the others.
             raise ValueError('an id stands twice in this set: use join() in place of get()')
-        tasks = {task.id: task for task in find_tasks(result.results)}
-        known = {task_id: tasks[task_id]._cache for task_id in tasks if tasks[task_id]._cache}
-        unknown = [task_id for task_id in tasks if task_id not in known]
+        tasks = {task.id: task for task in list_tasks(result.results)}
+        # A result keeps the meta of a task that it has once seen to be ready.
+        for task_id, task in tasks.items():
+            if task._cache and task_id in ids:
+                yield task_id, task._cache
+        unknown = [task_id for task_id, task in tasks.items() if not task._cache]
         found = self.get_many(unknown, timeout, interval, no_ack, on_message, on_interval)
-        for task_id, meta in chain(known.items(), found):
-            if task_id not in known:
-                tasks[task_id]._maybe_set_cache(meta)
-            if task_id in members:
+        for task_id, meta in found:
+            tasks[task_id]._maybe_set_cache(meta)
+            if task_id in ids:
                 yield task_id, meta
-        yield from ((one.id, one.results) for one in result.results if hasattr(one, 'results'))
+        for each in result.results:
+            if hasattr(each, 'results'):
+                yield each.id, each.results
 
 
 # Chords
-LONGEST_SENDING = 30  # seconds; a worker that lives takes less to send the body of a chord
-CHORD_ID = 'celery_s3_chord_id'  # an option of the body, by which the parts find the note
+
+OPEN, WAITING, SENDING = 'open', 'waiting', 'sending'
+
+
+class Note(NamedTuple):
+    """Says whose turn it is to go on with a chord: an object with a line of JSON.
+
+    phase    by                     turn   the chord goes on
+    open     nobody                 LAST   when LAST has ended, the last task of the header: mostly
+                                           they end in order, and the others then cost one GET each
+    waiting  MINE, which has ended  OTHER  when OTHER has ended, which MINE has found not ready; or
+                                           when MINE is delivered again, because its worker died
+    sending  MINE, which has ended  -      now: MINE has found all ready, and sends the body
+
+    `body` is the id of the body's result, `record` the id of the chord's record. The nonce makes
+    each note unlike all others, so that its etag is the number of a version."""
+
+    phase: str
+    by: str | None
+    turn: str | None
+    body: str
+    record: str
+    nonce: str
+
+    @classmethod
+    def decode(cls, value: bytes) -> 'Note':
+        """Ignores what it does not know. A note of another edition of this file is nobody's turn."""
+        known = json.loads(value)
+        return cls(*[known.get(name) for name in cls._fields])
+
+    def encode(self) -> bytes:
+        """For the bucket."""
+        return json.dumps(self._asdict()).encode()
+
+
+def claim(parts: Iterable[str], look: Callable, swap: Callable) -> dict | None:
+    """Decide whether the part that calls this, MINE, ends the chord. MINE has ended, and has read
+    that it is its turn. Returns the metas of all parts if so, and None if another part goes on.
+
+    look(ids) yields the ids and metas of the first of these parts, until some are not ready.
+    swap(phase, turn) writes the note, unless others have written it since MINE has read or written
+    it last, and tells whether it did.
+
+    No chord is left alone. If MINE finds OTHER not ready, it swaps the note to OTHER's turn, and
+    then looks at OTHER once more. OTHER stores its result, and then reads the note. So each writes
+    before it reads, and in S3 a read sees all writes that ended before it began: MINE sees OTHER's
+    result, or OTHER sees that it is its turn. If both do, both go on, until both swap the same
+    version of the note: one of them wins, and the other one leaves."""
+    metas: dict[str, dict] = {}
+    rest = list(dict.fromkeys(parts))
+    while True:
+        # In a fixed order, each part that goes on would first look at the same ready ones.
+        random.shuffle(rest)
+        looked = dict(look(rest))
+        metas.update(looked)
+        not_ready = [part for part in looked if not is_ready(looked[part])]
+        if not not_ready:
+            return metas if swap(SENDING, None) else None
+        other = not_ready[0]
+        if not swap(WAITING, other):
+            return None
+        metas.update(look([other]))
+        if not is_ready(metas[other]):
+            return None
+        # OTHER may have read the note before it was its turn, and have left: MINE goes on.
+        rest = [part for part in rest if part not in metas or not is_ready(metas[part])]
 
 
 def find_ends(signature) -> list:
     """The tasks whose results are the result of this task, group, chain or chord."""
-    signature = canvas.maybe_signature(signature)  # a dict, where it comes from a message
+    # In a message, a signature is a dict.
+    signature = canvas.maybe_signature(signature)
     while signature.subtask_type in ('chain', 'chord'):
         inner = signature.body if signature.subtask_type == 'chord' else signature.tasks[-1]
         signature = canvas.maybe_signature(inner)
@@ -416,174 +812,266 @@ def find_ends(signature) -> list:
     return [signature]
 
 
-def join(results: list, found: dict) -> list:
-    """What was found for each of the results, in lists within lists where groups are in groups."""
-    return [join(r.results, found) if hasattr(r, 'results') else found[str(r.id)] for r in results]
+def nest_values(results: list, metas: dict) -> list:
+    """The values of these results, in lists within lists where groups are within groups."""
+    return [
+        nest_values(each.results, metas)
+        if hasattr(each, 'results')
+        else metas[str(each.id)]['result']
+        for each in results
+    ]
 
 
 class S3ChordBackend(S3KeyValueBackend):
-    """Runs chords without polling: an object in S3, the note, says who goes on with the chord.
-    (Parts are the tasks that give its header's results; the body takes these. Celery's own way is
-    a task that looks at all parts every second.) A record keeps the header's GroupResult.
-    The note is one of these:
-    {"next": ["LAST"]}, by the client, before it publishes the header: the last part goes on when
-        it has ended. Parts mostly end in order; then the others have nothing more to do.
-    {"next": ["MINE", "OTHER"]}, by part MINE, which has ended and found OTHER pending: OTHER goes
-        on when it has ended; and MINE, if its worker dies now and it is delivered again.
-    {"next": ["MINE"], "sender": NONCE}, by MINE, which has found that all have ended: it sends the
-        body, and then deletes the record and the note.
+    """Runs chords without polling. The tasks of a chord's header are its parts; when they have
+    ended, its body is sent with their results. (Celery's own way is a task that looks at all parts
+    every second.) Each chord has two objects: the record keeps the ids of the parts' results, in
+    groups where the header has groups; the note says whose turn it is, see `Note`.
 
-    A part that ends stores its result and then reads the note. If its id is there, it looks at the
-    others and writes the second or the third form, on condition that the note is still the one it
-    has read. Of several that write at once, one succeeds and goes on. (Two deliveries of MINE may
-    write the same second form; this does no harm, as their third forms differ.)
+    A chord of the parts 1, 2, 3 and the body B. Its header has the id H; N1 to N4 are nonces:
 
-    No part is overlooked: MINE writes that it awaits OTHER, and then looks at OTHER's result once
-    more; OTHER stores its result, and then reads the note. In S3 a read sees all earlier writes,
-    so one of the two sees what the other one wrote. If both do, one write succeeds.
+    client  writes the record H.3.N1, and then the note H.3:
+            {"phase": "open", "by": null, "turn": "3", "body": "B", "record": "H.3.N1",
+             "nonce": "N2"}; then it publishes the parts
+    part 1  ends, stores its result, reads the note, and leaves: it is not its turn
+    part 3  ends, stores its result, reads the note, then the record, and finds part 2 not ready;
+            writes {"phase": "waiting", "by": "3", "turn": "2", ... "nonce": "N3"},
+            looks at part 2 once more, which is not ready yet, and leaves
+    part 2  ends, stores its result, reads the note, then the record, and finds all parts ready;
+            writes {"phase": "sending", "by": "2", "turn": null, ... "nonce": "N4"},
+            sends B with the three results, deletes the record, and then the note
 
-    No death loses a chord, if the broker delivers the part again (task_acks_late): it finds its id
-    in the note and goes on. If it finds a sender, that was an earlier delivery of this very part.
-    If that has sent the body, the body shows a state or the record is gone; else it gets 30 s for
-    it. So the body is sent twice only if a worker died between sending it and deleting the record,
-    and the body has stored no state since."""
+    Four bad days:
+    - A worker dies in 'waiting'. If part 2 ran there, it is delivered again, and it is its turn. If
+      it was part 3, it is delivered again and finds itself in `by`: it looks again. See _go_on().
+    - The worker of part 2 dies in 'sending'. The second delivery of part 2 finds out whether the
+      body was sent; it does what is left, or sends it. See _is_sent() and _finish().
+    - A chord is started twice, because the task that starts it is delivered twice, or because the
+      answer to the note's first write is lost. See apply_chord().
+    - S3 fails in on_chord_part_return() for longer than all attempts take. Celery logs the error,
+      and the chord stands still where the note says, unless the part is delivered again."""
+
+    # The id of a process in which the store was seen to honour conditions.
+    _trusted_in = 0
 
     def apply_chord(self, header_result_args, body, **kwargs):
-        """Write note and record; a starter that was delivered again keeps the note that it finds.
-        It may overlap the chord's end: as the record is written last and deleted first, a record
-        may stay behind, but never a note without one, with which a part would fail the body."""
-        if not self.bucket.conditional_writes:
-            return super().apply_chord(header_result_args, body, **kwargs)
+        """Celery calls this before it publishes a header, with what its GroupResult is made of and
+        with the very body that each part receives as request.chord; nothing is returned. Its own
+        writes the record and the note."""
+        if not self.bucket.settings.conditional_writes:
+            super().apply_chord(header_result_args, body, **kwargs)
+            return
         header = self.app.GroupResult(*header_result_args)
-        *_, last = (str(task.id) for task in find_tasks(header.results))
-        chord_id = f'{header.id}.{last}'  # the user may save the header by its id, or reuse that
-        body.options[CHORD_ID] = chord_id  # each part receives this body as request.chord
-        note = json.dumps({'next': [last]}).encode()
-        self.bucket.put_if(self.get_key_for_chord(chord_id), note, None)
-        self.save_group(chord_id, header)
+        last = str(list_tasks(header.results)[-1].id)
+        # A user may save the header under its id alone.
+        chord_id = f'{header.id}.{last}'
+        body.options[CHORD_ID] = chord_id
+        # Each start writes a record of its own, and before its note. So there is no note without
+        # its record before the chord has ended.
+        record = f'{chord_id}.{uuid()}'
+        self.save_group(record, header)
+        self._require_conditions(record)
+        note = Note(OPEN, None, last, str(find_ends(body)[0].id), record, uuid())
+        _, stored = self.bucket.put_if(self.get_key_for_chord(chord_id), note.encode(), None)
         logger.debug('chord %s: begun, %s goes on', chord_id, last)
+        # The note is another start's, or it is gone, as that one's chord has ended. (If it names
+        # this record, it is this one or, where the answer was lost, what a part has made of it.)
+        if stored is None or Note.decode(stored.value).record != record:
+            self.delete_group(record)
+
+    def _require_conditions(self, record: str) -> None:
+        """Refuse a store that ignores conditions: there, two parts could send the body each."""
+        if self._trusted_in == os.getpid():
+            return
+        if self.bucket.ignores_conditions(self.get_key_for_group(record)):
+            self.delete_group(record)
+            problem = 'this store ignores If-Match, so that a chord could run its body twice'
+            remedy = 'set conditional_writes to False, for clients and workers alike'
+            raise ImproperlyConfigured(f'{problem}: {remedy}')
+        self._trusted_in = os.getpid()
 
     def store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        """As Celery's, but the request remembers what was stored, for on_chord_part_return()."""
-        stored = super().store_result(task_id, result, state, traceback, request, **kwargs)
-        if getattr(request, 'id', None) == task_id:  # else it is another task's state
+        """Celery calls this for each state of a task; it must return the encoded result. Its own
+        notes on the request which state was stored, for on_chord_part_return()."""
+        encoded = super().store_result(task_id, result, state, traceback, request, **kwargs)
+        if getattr(request, 'id', None) == task_id:
             request._celery_s3_state = state
-        return stored
+        return encoded
 
     def on_chord_part_return(self, request, state, result, **kwargs):
-        """A task has ended; Celery also asks about tasks that are in no chord."""
+        """Celery calls this when a task has ended that may be part of a chord, with its result; by
+        then it has stored that, unless results are to be ignored. Nothing is returned. Its own
+        stores the result in any case, as the body needs it, and goes on with the chord."""
+        # An odd message may have no id, or anything as its chord.
         if not isinstance(request.chord, dict) or not request.id:
             return
-        # Celery has stored the result, unless it is to be ignored. But the body needs it.
         if getattr(request, '_celery_s3_state', None) != state:
             self.store_result(request.id, result, state, request=request)
         options = request.chord.get('options')
-        if isinstance(options, dict) and options.get(CHORD_ID):  # else the chord polls
+        # Without this option, the chord polls.
+        if isinstance(options, dict) and options.get(CHORD_ID):
             self._go_on(str(request.id), options[CHORD_ID], request.chord)
 
-    def _go_on(self, part: str, chord_id: str, body: dict) -> None:  # the class says why
-        key = self.get_key_for_chord(chord_id)
-        value, etag = self.bucket.get(key)
-        note = json.loads(value or '{"next": []}')  # there is none once the body was sent
-        if part not in note['next']:
-            return logger.debug('chord %s: %s leaves it to %s', chord_id, part, note['next'])
-        record = self.get(self.get_key_for_group(chord_id))
-        # An earlier delivery of this part began to send the body; perhaps its worker has died.
-        if 'sender' in note and record is not None and not self._has_begun(body):
-            logger.info('chord %s: %s waits %d s', chord_id, part, LONGEST_SENDING)
-            time.sleep(LONGEST_SENDING)
-            record = self.get(self.get_key_for_group(chord_id))
-        if 'sender' in note and (record is None or self._has_begun(body)):
+    def _go_on(self, part: str, chord_id: str, message: dict) -> None:
+        """Read the note, after the part has ended. If it is its turn, do what is next. The message
+        holds the body."""
+        stored = self.bucket.get(self.get_key_for_chord(chord_id))
+        if stored is None:
+            # The chord has ended: this is a second delivery.
             return
-        ids = []
-        with suppress(ChordError):  # with which _end() will fail the body
-            results = self._read(chord_id, record)
-            ids = list(dict.fromkeys(str(task.id) for task in find_tasks(results)))
-        metas = {}
-        while True:
-            random.shuffle(ids)  # else each part that goes on looks at the same ready ones first
-            looked = dict(look_until_pending(self.bucket, self._look_at_part, ids, 1))
-            metas.update(looked)
-            pending = [one for one in looked if looked[one]['status'] not in states.READY_STATES]
-            ids = [one for one in ids if one not in looked] + pending
-            note = {'next': [part, *pending[:1]]}
-            if not pending:
-                note['sender'] = uuid()  # which differs from that of another delivery
-            value = json.dumps(note).encode()
-            found, etag = self.bucket.put_if(key, value, etag)
-            logger.debug('chord %s: %s writes %s, finds %s', chord_id, part, value, found)
-            if found != value:  # others, or another delivery of this part, have gone on
+        note = Note.decode(stored.value)
+        if part not in (note.by, note.turn):
+            logger.debug('chord %s: %s leaves it to %s', chord_id, part, note.turn or note.by)
+            return
+        body = canvas.maybe_signature(message, app=self.app).clone()
+        del body.options[CHORD_ID]
+        record = self.get(self.get_key_for_group(note.record))
+        # 'sending': an earlier delivery of this part has begun to send the body. No record: the
+        # chord has ended, and a start whose answer was lost has written its note once more.
+        if note.phase == SENDING or record is None:
+            is_sent = self._is_sent(note)
+            if not is_sent:
+                logger.info('chord %s: %s waits %d s', chord_id, part, SENDING_GRACE)
+                time.sleep(SENDING_GRACE)
+                is_sent = self._is_sent(note)
+            if is_sent:
+                self._finish(chord_id, note, body)
                 return
-            if not pending:
-                return self._end(chord_id, body, record, metas)
-            # The awaited one may have read the older note and left: then this one goes on.
-            if self._look_at_part(pending[0])['status'] not in states.READY_STATES:
-                return
+            record = self.get(self.get_key_for_group(note.record))
+        self._end(part, chord_id, body, note, stored.etag, record)
 
-    def _has_begun(self, body: dict) -> bool:
-        body_id = body['options'].get('task_id')
-        return body_id is not None and self.get(self.get_key_for_task(body_id)) is not None
+    def _is_sent(self, note: Note) -> bool:
+        """Whether the body was sent or has failed, as far as that shows: the record is deleted after
+        it, and the body may have stored a state."""
+        if note.phase == SENDING and self.get(self.get_key_for_group(note.record)) is None:
+            return True
+        return self.get(self.get_key_for_task(note.body)) is not None
 
-    def _read(self, chord_id: str, record: bytes | None) -> list:  # what the parts give
-        if record is None:
-            raise ChordError(f'GroupResult {chord_id} no longer exists')
+    def _finish(self, chord_id: str, note: Note, body: canvas.Signature) -> None:
+        """Do what comes after the body was sent or has failed. It does no harm to do it twice."""
+        meta = self._look_at_task(note.body)
+        if meta['status'] in states.PROPAGATE_STATES:
+            # The worker may have died before the chord was told that this body is a part of.
+            self._fail_ends([body], meta['result'])
+        self._delete(chord_id, note)
+
+    def _end(self, part, chord_id, body, note, etag, record) -> None:
+        """Claim the chord and, if it is this delivery that wins, send its body or fail it."""
+
+        def look(ids: list) -> Iterator[tuple]:
+            return look_until_not_ready(self.bucket, self._look_at_task, ids, 1)
+
+        def swap(phase: str, turn: str | None) -> bool:
+            nonlocal etag
+            changed = note._replace(phase=phase, by=part, turn=turn, nonce=uuid())
+            key = self.get_key_for_chord(chord_id)
+            won, stored = self.bucket.put_if(key, changed.encode(), etag)
+            logger.debug('chord %s: %s writes %s, %s: %s', chord_id, part, phase, turn, won)
+            if won and stored is not None:
+                etag = stored.etag
+            return won
+
         try:
-            return result_from_tuple(self.decode(record)['result'], self.app).results
+            results = self._decode_record(note.record, record)
+        except ChordError as error:
+            # There are no parts to look at.
+            if swap(SENDING, None):
+                self._fail_body(chord_id, body, error)
+                self._delete(chord_id, note)
+            return
+        metas = claim([str(task.id) for task in list_tasks(results)], look, swap)
+        if metas is None:
+            return
+        try:
+            self._send_body(body, results, metas)
+        except Exception as error:  # noqa: BLE001
+            self._fail_body(chord_id, body, error)
+        self._delete(chord_id, note)
+
+    def _delete(self, chord_id: str, note: Note) -> None:
+        """Delete the record and then the note: _is_sent() relies on this order."""
+        try:
+            self.delete_group(note.record)
+            self.delete(self.get_key_for_chord(chord_id))
+        except Exception:
+            # Celery would take this error for one of the part, which has ended well.
+            logger.exception('chord %s: has ended, but is not deleted', chord_id)
+
+    def _decode_record(self, record: str, value: bytes | None) -> list:
+        """The results of the header. Raises ChordError, in Celery's words."""
+        if value is None:
+            raise ChordError(f'GroupResult {record} no longer exists')
+        try:
+            return result_from_tuple(self.decode(value)['result'], self.app).results
         except Exception as error:
             raise ChordError(f'Cannot restore group: {error!r}') from error
 
-    def _look_at_part(self, task_id: str) -> dict:  # a result that none can decode is an error
+    def _look_at_task(self, task_id: str) -> dict:
+        """The meta of a task. A result that cannot be decoded counts as the task's failure."""
         value = self.get(self.get_key_for_task(task_id))
+        if not value:
+            return {'status': states.PENDING, 'result': None}
         try:
-            return self.decode_result(value) if value else {'status': states.PENDING}
-        except Exception as error:
+            return self.decode_result(value)
+        except Exception as error:  # noqa: BLE001
             return {'status': states.FAILURE, 'result': error}
 
-    def _end(self, chord_id: str, body: dict, record: bytes | None, metas: dict) -> None:
-        """Send the body with the parts' values, or fail it; then delete record and note."""
-        options = {name: body['options'][name] for name in body['options'] if name != CHORD_ID}
-        body = canvas.maybe_signature({**body, 'options': options}, app=self.app)
+    def _send_body(self, body: canvas.Signature, results: list, metas: dict) -> None:
+        """Publish the body with the values of these results. Raises ChordError if a part has failed,
+        or if the broker is away for longer than SENDING_LIMIT."""
+        for part in [str(task.id) for task in list_tasks(results)]:
+            if metas[part]['status'] in states.PROPAGATE_STATES:
+                # It may be any BaseException, such as CancelledError, which must not be raised here.
+                error = metas[part]['result']
+                cause = error if isinstance(error, Exception) else None
+                raise ChordError(f'Dependency {part} raised {safe_repr(error)}') from cause
+        values, send = nest_values(results, metas), body.apply_async
         try:
-            results = self._read(chord_id, record)
-            values = {task_id: metas[task_id]['result'] for task_id in metas}
-            for part in (str(task.id) for task in find_tasks(results)):
-                if metas[part]['status'] in states.PROPAGATE_STATES:
-                    error = values[part]  # it may be any BaseException
-                    cause = error if isinstance(error, Exception) else None
-                    raise ChordError(f'Dependency {part} raised {safe_repr(error)}') from cause
-            values = join(results, values)
-            policy = {'retry': True, 'retry_policy': self.retry_policy}
-            try:
-                # The policy is for a connection that breaks, the 20 seconds for one to be made.
-                retry_over_time(body.apply_async, OperationalError, [[values]], policy, timeout=20)
-            except Exception as error:
-                raise ChordError(f'Callback error: {safe_repr(error)}') from error
+            # retry=True is for a connection that breaks: Celery goes on where it has stopped, within
+            # a group, too. retry_over_time() is for a connection that cannot be made at first.
+            retry_over_time(send, OperationalError, [[values]], {'retry': True}, **RETRIES)
         except Exception as error:
-            logger.error('chord %s: its body fails: %s', chord_id, error)
-            self.chord_error_from_stack(body, error)
-        try:
-            self.delete(self.get_key_for_group(chord_id))
-            self.delete(self.get_key_for_chord(chord_id))
-        except Exception:  # it would be taken for a failure of the part, which has succeeded
-            logger.exception('chord %s: has ended, but is not deleted', chord_id)
+            raise ChordError(f'Callback error: {safe_repr(error)}') from error
+
+    # What follows a failure: a body that fails is stored as failed, with all tasks that give its
+    # result (it may be a group or a chain), and so are the tasks that are chained after a task that
+    # fails. Each keeps its own error if it has one; and each tells the chord that it is a part of,
+    # if there is one, so that its body fails in turn. This ends, as each step leads to a chord
+    # further out. Where a task stores nothing, nothing is stored or asked but for parts of chords.
+
+    def _fail_body(self, chord_id: str, body: canvas.Signature, error: Exception) -> None:
+        """To be called within 'except': Celery stores the traceback of the error."""
+        # All but ChordError would be a mistake of this module.
+        is_mistake = not isinstance(error, ChordError)
+        logger.error('chord %s: its body fails: %s', chord_id, error, exc_info=is_mistake)
+        self.chord_error_from_stack(body, error)
 
     def chord_error_from_stack(self, callback, exc=None):
-        """A part has failed, so the body has. Celery tells no chord that the body is a part of."""
-        if not callback.id:  # a chain before Celery 5.6; super() stores the error by the id
+        """Celery calls this if a body cannot be sent, where chords poll; it stores the error for
+        the body, and calls the errbacks. Its own goes on as described above."""
+        if not callback.id:
+            # A chain before Celery 5.6. Celery stores the error by this id.
             callback.options['task_id'] = find_ends(callback)[0].id
         super().chord_error_from_stack(callback, exc)
-        self._fail_chain([callback], exc)
+        self._fail_ends([callback], exc)
 
     def _fail_chain(self, chain, exc, traceback=None, store_result=True, state=states.FAILURE):
-        """A task has failed, so those chained after it have. Celery leaves out those in groups."""
-        for signature in chain if isinstance(chain, list) else []:  # an odd message has others
-            for task in find_ends(signature):
-                request = Context({**task, **task.options}, id=task.id)
-                if store_result and task.id:
-                    if self._look_at_part(task.id)['status'] not in states.READY_STATES:
-                        self.store_result(task.id, exc, state, traceback, request=request)
-                    request._celery_s3_state = state  # it keeps the error that it has
-                self.on_chord_part_return(request, state, exc)
+        """Celery 5.7 calls this when a task has failed, for those that are chained after it; nothing
+        is returned. Its own includes tasks within groups."""
+        # An odd message may have anything as its chain.
+        if isinstance(chain, list):
+            self._fail_ends(chain, exc, traceback, store_result, state)
+
+    def _fail_ends(self, signatures, error, traceback=None, stores=True, state=states.FAILURE):
+        """Fail the tasks that give the results of these signatures."""
+        for task in [end for signature in signatures for end in find_ends(signature)]:
+            request = Context({**task, **task.options}, id=task.id)
+            if stores and task.id:
+                if not is_ready(self._look_at_task(task.id)):
+                    self.store_result(task.id, error, state, traceback, request=request)
+                # Lets on_chord_part_return() store nothing over an error that was there.
+                request._celery_s3_state = state
+            self.on_chord_part_return(request, state, error)
 
 
 class S3Backend(S3ChordBackend, S3WaitingBackend, S3StoringBackend):
