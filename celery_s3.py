@@ -3,25 +3,25 @@
     app.conf.result_backend = 'celery_s3.S3Backend'
     app.conf.s3_backend_settings = {'bucket': 'my-results'}
 
-`Bucket` speaks signed S3 over HTTP. `S3KeyValueBackend` is a whole backend on it, with Celery's own
-ways of storing results, waiting for them and running chords. Three subclasses improve one of these
-ways each and know nothing of one another; `S3Backend` joins them. Whoever wants to do without one
-writes a class like `S3Backend` with the other two. Read `Settings` first, and last the chords.
+`Bucket` speaks signed S3 over HTTP. `S3KeyValueBackend` is a whole backend on it, with Celery's
+own ways of storing results, waiting for them and running chords. Three subclasses improve one of
+these ways each, and know nothing of one another. `S3Backend` joins them; to do without one, write
+such a class with the other two. Chords, the last part, are the only one that takes some thought.
 
-There is no botocore client here. To make one takes more time and memory than all of this module
-does, in each process of a worker; and it adds checksums to each PUT, which some stores refuse.
+There is no botocore client here: to make one takes more time and memory than all of this module,
+in each process of a worker, and it adds checksums to each PUT that some stores refuse.
 
 A chord survives the death of a worker only where the broker delivers the dead worker's messages
 again: set `task_acks_late`, and `task_reject_on_worker_lost` for the children of a prefork pool.
 
-What this module relies on, though it is not public or not documented:
-- Celery 5.4.0, 5.5.3, 5.6.3, 5.7.0: that it calls the methods which are overridden here as their
-  docstrings say; `thread_safe`, `supports_...`, `save_group`, `delete_group`, `get_key_for_...`,
-  `_get_result_meta` of a backend; `_cache` and `_maybe_set_cache` of a result; that a request takes
-  new attributes; that a chord's parts are published after apply_chord() and carry its very `body`.
-- kombu 5.3 to 5.7: `retry_over_time`, which it uses itself to connect to a broker.
-- botocore 1.34.41, 1.44.8: `URLLib3Session` with its `socket_options` and the `kwargs` of its
-  errors; `utils`, `handlers.VALID_BUCKET`, the data file 'partitions', the parser of XML errors.
+This module relies on some things that are not public or not documented:
+- Celery (seen in 5.4.0, 5.5.3, 5.6.3, 5.7.0): that the methods overridden here are called as their
+  docstrings say; `thread_safe`, `supports_...`, `save_group`, `delete_group`, `get_key_for_...`
+  and `_get_result_meta` of a backend; `_cache` and `_maybe_set_cache` of a result; that a request
+  takes new attributes; that a chord's parts are sent after apply_chord(), with the same `body`.
+- kombu (seen in 5.3 to 5.7): `retry_over_time`, with which it connects to a broker.
+- botocore (seen in 1.34.41, 1.44.8): `URLLib3Session`, its `socket_options`, its errors' `kwargs`;
+  `utils`, `handlers.VALID_BUCKET`, the data file 'partitions', the parser of XML errors.
 """
 
 import json
@@ -54,23 +54,24 @@ from kombu.utils.functional import retry_over_time
 
 __version__ = '2.0.0'
 logger = logging.getLogger(__name__)
-# Settings of celery-s3 1.x name 'celery_s3.backends.S3Backend'. That name works wherever this module
-# has been imported in the usual way.
+# celery-s3 1.x is configured as 'celery_s3.backends.S3Backend', which still works. (A module that
+# was loaded in an unusual way is not in sys.modules.)
 if __name__ in sys.modules:
     backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]
 
-# What is worth another attempt: these statuses, besides those from 500 on (408: the request came too
-# slowly; 409: others write this key now; 429: too many requests; 499: MinIO is shutting down), ...
+# What is worth another attempt is one of three things. A status: any from 500 on but 501, or 408
+# (the request came too slowly), 409 (others write this key now), 429 (too many requests), 499
+# (MinIO is shutting down).
 TRANSIENT_STATUSES = {408, 409, 429, 499}
-# ... codes with one of these words in them: what botocore's 'standard' retries take for throttling;
-# a body or a date that was spoilt on its way; an identity that AWS STS could not have confirmed, ...
+# A code that contains one of these: for throttling, as botocore's 'standard' retries know it; for
+# what was damaged or grew old on its way; for an identity that AWS STS could not have confirmed.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 TRANSIENT_CODES = re.compile(
     'Throttl|LimitExceeded|TooManyRequests|SlowDown|RequestTimeout|PriorRequestNotComplete'
     '|ProvisionedThroughputExceeded|TransactionInProgress|RequestTimeTooSkewed|BadDigest'
     '|XAmzContentSHA256Mismatch|IDPCommunicationError|InvalidIdentityToken'
 )
-# ... and these errors: no connection, a connection that broke, a busy source of credentials.
+# An error: no connection, a connection that broke, or a source of credentials that is too busy.
 TRANSIENT_ERRORS = (
     botocore.exceptions.ConnectionError,
     HTTPClientError,
@@ -80,62 +81,68 @@ TRANSIENT_ERRORS = (
 )
 # How often a request is sent at most, unless AWS_MAX_ATTEMPTS says it.
 ATTEMPTS = 5
-# Seconds that the first pause between two attempts may last, if the store has too much to do or
-# cannot be reached, and if a connection broke; and seconds that any pause may last.
-FIRST_PAUSE_BUSY, FIRST_PAUSE_BROKEN, LONGEST_PAUSE = 1.0, 0.2, 20.0
+# Seconds that the first pause between attempts may last: if the store has too much to do or cannot
+# be reached, and if a connection broke. Each further one may be twice as long, up to the third.
+FIRST_PAUSE_BUSY = 1.0
+FIRST_PAUSE_BROKEN = 0.2
+LONGEST_PAUSE = 20.0
 
-# The codes that mean that a condition is not met. '412' is that of an answer without a body;
-# NoSuchKey, that there is nothing which could have the etag.
+# S3's codes for a condition that is not met. The second stands for an answer without a body; the
+# third means that there is no object which could have the etag.
 UNMET = {'PreconditionFailed', '412', 'NoSuchKey'}
-# The forms of an etag in If-Match, each with the codes that mean 'not met'. AWS takes both forms,
-# Cloudflare R2 the first one only (the other is an InvalidArgument), Ceph 16 the second one only.
+# Two forms of an etag in If-Match, each with the codes that mean 'not met'. AWS takes both,
+# Cloudflare R2 only the first (the other is an InvalidArgument there), Ceph 16 only the second.
 ETAG_FORMS = {'"{}"': UNMET, '{}': UNMET | {'InvalidArgument'}}
-# How often a state is written at most, each time on top of what others have written in between, and
-# seconds that a pause before the third time and each later one may last.
-STORE_ATTEMPTS, STORE_PAUSE = 20, 0.2
+# How often a state is written at most, each time on top of what others have written in between,
+# and seconds that a pause before it may last, from the third time on.
+STORE_ATTEMPTS = 20
+STORE_PAUSE = 0.2
 
-# Seconds: the interval with which Celery calls if the user has given none, and our own limits.
-CELERYS_INTERVAL, SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.5, 0.5, 30.0
+# Seconds between two looks at tasks. Celery's methods pass the first if their caller gives none.
+CELERYS_INTERVAL = 0.5
+SHORTEST_INTERVAL = 0.5
+LONGEST_INTERVAL = 30.0
 
-# Seconds within which the last attempt to publish a chord's body begins. It came back within 4.3
-# seconds more from brokers that refuse or never answer. So after the grace, a delivery that has
-# begun to send the body has ended, or its worker has died.
+# Seconds within which the last attempt to publish a chord's body begins. With brokers that refuse
+# or never answer, it was seen to end up to 4.3 seconds later. So when the grace is over, a worker
+# that had begun to send a body has sent it, has failed it, or is dead.
 SENDING_LIMIT = 20
 SENDING_GRACE = SENDING_LIMIT + 10
-# The arguments of kombu's retry_over_time() for an attempt each second.
+# The same limit as arguments of kombu's retry_over_time(): an attempt each second.
 RETRIES = {'interval_start': 1, 'interval_step': 0, 'interval_max': 1, 'timeout': SENDING_LIMIT}
-# An option in a chord's body that tells its parts the chord's id, by which they find the note.
+# An option of a chord's body, with the chord's id: all parts receive it, and find the note by it.
 CHORD_ID = 'celery_s3_chord_id'
 
-# What a setting has to be. Each text that is not here has to be PRINTABLE: it may stand in a header.
-PRINTABLE = re.compile('([!-~]([ -~]*[!-~])?)?')
-# https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2
-HEADER_NAME = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# A bucket of S3 Express. Other names with such an end have hosts that are not known here.
+# S3 Express has directory buckets, with the zone that they are in as a part of their names. Others
+# with such an end (--SOMETHING-s3) have hosts that this module does not know.
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/directory-bucket-naming-rules.html
-EXPRESS_BUCKET = re.compile('[a-z0-9-]+--(?P<zone>[a-z0-9]+(-[a-z0-9]+)+)--x-s3')
-SPECIAL_BUCKET = re.compile(r'.*--\w+-s3')
-# No part of a path may be '.' or '..', and no character a control character.
-PATH = re.compile(r'(?!(.*/)?\.\.?(/|$))[^\0-\x1f\x7f]*')
-REGION = re.compile('[a-zA-Z0-9-]{0,63}')
-# A scheme, a host, perhaps a port and a path, and nothing else. botocore looks closer at the host.
-ENDPOINT = re.compile(r'https?://(\[[^\]]+\]|[^@:/?#]+)(:\d{1,5})?(/[\w.~/-]*)?', re.ASCII)
+EXPRESS = r'(?=.{3,63}$)[a-z0-9][a-z0-9-]*--(?P<zone>[a-z0-9]+(-[a-z0-9]+)+)--x-s3'
+ORDINARY = rf'(?!.*--\w+-s3$|\.\.?$){handlers.VALID_BUCKET.pattern}'
+ENDPOINT = r'https?://(\[[^\]]+\]|[^@:/?#]+)(:\d{1,5})?(/[\w.~/-]*)?'
+KEY_SETTINGS = 'aws_access_key_id', 'aws_secret_access_key', 'aws_session_token'
+# https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2
+HEADER_NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# What a setting has to be: a pattern, and the same in words. All others have to be PRINTABLE.
+PRINTABLE = '([!-~]([ -~]*[!-~])?)?', 'printable ASCII, with no space at its ends'
+RULES = {
+    'bucket': (f'{EXPRESS}|{ORDINARY}', 'a name or an alias, no URL and no ARN'),
+    'base_path': (r'(?!(.*/)?\.\.?(/|$))[^\0-\x1f\x7f]*', "without '.', '..', control characters"),
+    'endpoint_url': (
+        f'({ENDPOINT})?',
+        'http:// or https:// and a host, perhaps a port and a path',
+    ),
+    'max_connections': (r'[1-9]\d*', 'a whole number, 1 or more'),
+}
 
 
 # Settings
 
 
-def is_header(name: object, value: object) -> bool:
-    """Whether HTTP can send a header of this name with this value."""
-    if not isinstance(name, str) or not isinstance(value, str):
-        return False
-    return bool(HEADER_NAME.fullmatch(name) and PRINTABLE.fullmatch(value))
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """What a user sets. Error trackers send what is in the variables of functions that fail. So
-    this class has no repr, and nowhere in this module is a secret put into such a variable."""
+    """What a user sets. Error trackers send the variables of functions that fail, as their reprs.
+    So this class has none, and nowhere in this module is a secret in a variable of such a
+    function."""
 
     bucket: str = ''
     # A folder in the bucket.
@@ -148,18 +155,19 @@ class Settings:
     endpoint_url: str = ''
     # Sent with each PUT.
     headers: Mapping = field(default_factory=dict)
-    # Whether the store honours conditions. If it does not, storing and chords are Celery's own.
+    # Whether the store can write on a condition. If not, storing and chords are Celery's own ways.
     conditional_writes: bool = True
     # For those without s3:ListBucket, to whom S3 answers 403 where a key is missing.
     denied_is_missing: bool = False
     # The most connections that are kept, and the most threads of Bucket.map_parallel().
     max_connections: int = 50
-    # No setting: the names that from_dict() does not know. check() reports them.
+    # No setting, but the names that from_dict() found and does not know.
     unknown: tuple = ()
 
     @classmethod
     def from_dict(cls, given: Mapping) -> 'Settings':
-        """Settings of a dict, where None and '' mean 'not set'. It cannot fail, as it holds keys."""
+        """The settings in a dict, where None and '' mean 'not set'. As it holds keys, it must not
+        fail, so it leaves that to check()."""
         known = [each.name for each in fields(cls) if each.name != 'unknown']
         unknown = tuple(name for name in given if name not in known)
         is_set = [name for name in known if given.get(name) not in (None, '')]
@@ -183,53 +191,49 @@ class Settings:
             kind: Any = each.type
             if not isinstance(getattr(self, each.name), kind):
                 raise ValueError(f'{each.name} must be of type {kind.__name__}')  # noqa: TRY004
-        bucket, url = self.bucket, self.endpoint_url
-        is_express = EXPRESS_BUCKET.fullmatch(bucket) and utils.check_dns_name(bucket)
-        is_plain = handlers.VALID_BUCKET.fullmatch(bucket) and not SPECIAL_BUCKET.fullmatch(bucket)
-        is_endpoint = not url or (ENDPOINT.fullmatch(url) and utils.is_valid_uri(url))
-        is_number = self.max_connections is not True and self.max_connections > 0
-        are_headers = all(is_header(*each) for each in self.headers.items())
-        has_id, has_secret = bool(self.aws_access_key_id), bool(self.aws_secret_access_key)
-        has_no_token = not self.aws_session_token
-        rules: list[tuple[Any, str]] = [
-            (is_express or is_plain, 'bucket must be a name or an alias, no URL and no ARN'),
-            (PATH.fullmatch(bucket), 'bucket must be a name, not a dot or two'),
-            (
-                PATH.fullmatch(self.base_path),
-                "base_path must have no '.', '..', control characters",
-            ),
-            (REGION.fullmatch(self.aws_region), 'aws_region must be a name such as us-east-1'),
-            (is_endpoint, 'endpoint_url must be http://HOST or https://HOST, or with a port'),
-            (is_number, 'max_connections must be a whole number, 1 or more'),
-            (are_headers, 'headers must be names and values that HTTP can send'),
-            (has_id == has_secret, 'aws_access_key_id and aws_secret_access_key go together'),
-            (has_id or has_no_token, 'aws_session_token goes with aws_access_key_id'),
-        ]
-        for name in (
-            'aws_profile',
-            'aws_access_key_id',
-            'aws_secret_access_key',
-            'aws_session_token',
-        ):
-            is_printable = PRINTABLE.fullmatch(getattr(self, name)) is not None
-            rules.append((is_printable, f'{name} must be printable ASCII, no space at its ends'))
-        for is_right, rule in rules:
-            if not is_right:
-                raise ValueError(rule)
+            pattern, meaning = RULES.get(each.name, PRINTABLE)
+            # (As a text, True is no number.)
+            if not re.fullmatch(pattern, str(getattr(self, each.name)), re.ASCII):
+                raise ValueError(f'{each.name} must be {meaning}')
+        if self.endpoint_url and not utils.is_valid_uri(self.endpoint_url):
+            raise ValueError('endpoint_url must have the name or address of a host')
+        try:
+            utils.validate_region_name(self.aws_region)
+        except ValueError as error:
+            raise ValueError(f'aws_region must be like us-east-1: {error}') from None
+        if not all(is_header(name, self.headers[name]) for name in self.headers):
+            raise ValueError('headers must be names and values that HTTP can send')
+        if bool(self.aws_access_key_id) != bool(self.aws_secret_access_key):
+            raise ValueError('aws_access_key_id and aws_secret_access_key go together')
+        if self.aws_session_token and not self.aws_access_key_id:
+            raise ValueError('aws_session_token goes with aws_access_key_id and its secret')
 
 
 # The bucket
 
 
+def is_printable(text: object) -> bool:
+    """Whether this is text that can be sent in a header."""
+    return isinstance(text, str) and re.fullmatch(PRINTABLE[0], text) is not None
+
+
+def is_header(name: object, value: object) -> bool:
+    """Whether HTTP can send a header of this name (a token) with this value.
+    https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2"""
+    is_token = is_printable(name) and re.fullmatch(HEADER_NAME, str(name)) is not None
+    return is_token and is_printable(value)
+
+
 class Stored(NamedTuple):
-    """An object in the bucket, and its etag (without quotes), which is the number of its version."""
+    """An object as it is stored. The etag, here without quotes, is the number of its version."""
 
     value: bytes
     etag: str
 
 
 class Swap(NamedTuple):
-    """The outcome of a conditional write: whether it was done, and what is stored now, if anything."""
+    """The end of a conditional write: whether it took place, and what is stored now (if at
+    all)."""
 
     won: bool
     stored: Stored | None
@@ -263,13 +267,9 @@ def open_session(settings: Settings) -> botocore.session.Session:
     # botocore says so as well, but from a function that holds all profiles with their keys.
     known = session.available_profiles
     if session.profile not in (None, *known):
-        raise ValueError(f'aws_profile must be one of {known}')
+        raise ValueError(f'aws_profile or AWS_PROFILE must be one of {known}')
     if settings.aws_access_key_id:
-        session.set_credentials(
-            settings.aws_access_key_id,
-            settings.aws_secret_access_key,
-            settings.aws_session_token,
-        )
+        session.set_credentials(*[getattr(settings, name) for name in KEY_SETTINGS])
     return session
 
 
@@ -278,13 +278,13 @@ def make_root(settings: Settings, session: botocore.session.Session) -> str:
     bucket, region = settings.bucket, settings.aws_region
     if settings.endpoint_url:
         return f'{settings.endpoint_url.rstrip("/")}/{bucket}/'
-    # China, for example, is a partition of AWS with a suffix of its own. The public one comes first.
+    # AWS has partitions, such as China, with suffixes of their own. The first is the public one.
     partitions = session.get_component('data_loader').load_data('partitions')['partitions']
     matching = [each for each in partitions if re.match(each['regionRegex'], region)]
     suffix = [*matching, partitions[0]][0]['outputs']['dnsSuffix']
     fips = '-fips' if session.get_config_variable('use_fips_endpoint') else ''
     dual_stack = '.dualstack' if session.get_config_variable('use_dualstack_endpoint') else ''
-    express = EXPRESS_BUCKET.fullmatch(bucket)
+    express = re.fullmatch(EXPRESS, bucket)
     service = f's3express{fips}-{express["zone"]}' if express else f's3{fips}'
     host = f'{service}{dual_stack}.{region}.{suffix}'
     # S3's certificates do not cover names with dots, and hosts have no capitals, as old names may.
@@ -294,16 +294,16 @@ def make_root(settings: Settings, session: botocore.session.Session) -> str:
 
 
 def strip_error(error: Any) -> BaseException:
-    """The same error without the frames and the other errors that hang on it: these hold keys."""
+    """The same error without the frames and errors that hang on it, and that hold credentials."""
     if type(error) is HTTPClientError:
-        # This very class, unlike those derived from it, is only a wrapper: of a task's soft time
-        # limit, for example, which has to reach the task.
+        # This class itself, unlike those derived from it, wraps what is not botocore's own, such
+        # as a soft time limit that strikes during the request, and that the task wants to catch.
         return strip_error(error.kwargs['error'])
     if isinstance(error, (botocore.exceptions.ConnectionError, HTTPClientError)):
         cause: BaseException = error
         while cause.__context__ is not None:
             cause = cause.__context__
-        # A copy, because the original keeps the request. It tells the cause as a text.
+        # It has to be a copy, as the original keeps the request. The cause becomes a text.
         copy = type(error)(**{name: str(error.kwargs[name]) for name in error.kwargs})
         copy.args = (f'{error} ({type(cause).__name__}: {cause})',)
         return copy
@@ -312,10 +312,10 @@ def strip_error(error: Any) -> BaseException:
 
 
 def read_refusal(answer: awsrequest.AWSResponse, status: int) -> dict:
-    """What ClientError takes of an answer. S3 repeats the request's headers in some, with the
-    session token: they are left out."""
+    """What ClientError is made of. Of the answer, only code and message are taken, because S3 may
+    repeat the headers of the request in it, and so the session token."""
     given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
-    # The parser is given no shape (None), as a proxy may have answered in its own.
+    # No shape is expected (None), as it may be a proxy that has answered.
     parsed = parsers.create_parser('rest-xml').parse(given, None)
     error = parsed.get('Error', {})
     texts = {'Code': error.get('Code') or str(status), 'Message': error.get('Message') or ''}
@@ -399,7 +399,8 @@ class Bucket:
         self._send('DELETE', key, {'NoSuchKey'})
 
     def ignores_conditions(self, key: str) -> bool:
-        """Whether the store overwrites this object on a condition that cannot be met, at one PUT."""
+        """Whether the store overwrites this object though the condition is not met. Costs a
+        PUT."""
         impossible = {'If-Match': '"00000000000000000000000000000000"'}
         return self._send('PUT', key, UNMET, data=b'', headers=impossible) is not None
 
@@ -409,15 +410,15 @@ class Bucket:
         where no more threads can be started, it is called twice for some items."""
         values: Iterable = map(function, items)
         if len(items) > 1:
+            # If no thread can be started, this error comes, and they run one after the other.
             with suppress(RuntimeError):
-                # With this error, which means that no thread can be started, `values` stays as it is:
-                # one after the other.
                 values = self._threads.map(function, items)
         yield from zip(items, values)
 
     def _send(self, method: str, key: str, refusals: set, **content: Any) -> Stored | None:
-        """Send a request until S3 has answered for good: with what is stored, or (None) with one of
-        the refusals, which are codes. The content is the `data` and `headers` of AWSRequest."""
+        """Send a request until there is an answer for good. Returns what it says is stored, or
+        None if its code is among the refusals. The content is `data` and `headers`, as of
+        AWSRequest."""
         # UTF-8 has no bytes for half of a surrogate pair, which an id may contain.
         path = quote(self._prefix + key, safe='/-._~', errors='backslashreplace')
         operation = f'{method} {self.uri}{key}'
@@ -431,27 +432,24 @@ class Bucket:
                 if attempt >= self._attempts or not is_transient(error):
                     raise
                 pause = choose_pause(error, attempt)
-                reason = f'{type(error).__name__}: {error}'
-                if isinstance(error, ClientError):
-                    reason = error.response['Error']['Code']
-            attempt += 1
-            logger.warning('%s: %s; attempt %d in %.1f s', operation, reason, attempt, pause)
+                attempt += 1
+                logger.warning('%s; attempt %d in %.1f s', error, attempt, pause)
             time.sleep(pause)
 
     def _read(self, answer: Any, operation: str, refusals: set) -> Stored | None:
         """What is stored, or None if the answer is one of these refusals, or else an error."""
         status, content, headers = answer.status_code, answer.content, answer.headers
-        # urllib3 does not notice here if the connection broke before the end of a body. A proxy may
-        # repeat the length, as in '5, 5': https://www.rfc-editor.org/rfc/rfc9110#section-8.6
+        # Nobody else notices that a connection broke before the end of a body. A proxy may repeat
+        # the length, as in '5, 5': https://www.rfc-editor.org/rfc/rfc9110#section-8.6
         length = headers.get('content-length', '').partition(',')[0]
         if length.isdigit() and int(length) != len(content):
             url = f'{answer.url} (cut short)'
             raise botocore.exceptions.ConnectionClosedError(endpoint_url=url)
         if operation.startswith('PUT') and status == 200 and b'<Error' in content:
-            # S3 may have begun to answer before it failed.
+            # S3 may fail after it has begun to answer that all is well.
             status = 500
         if status < 300:
-            # W/ is what a proxy makes of an etag when it compresses the body.
+            # A proxy that compresses what it passes on puts W/ before the etag.
             return Stored(content, headers.get('etag', '').removeprefix('W/').strip('"'))
         refusal = read_refusal(answer, status)
         if refusal['Error']['Code'] in refusals:
@@ -463,16 +461,17 @@ class Bucket:
         raise ClientError(refusal, f'{operation} ({details})')
 
     def _exchange(self, request: awsrequest.AWSRequest) -> awsrequest.AWSResponse:
-        """Sign and send a request. The frames of an error begin here, where none holds keys."""
+        """Sign and send a request. What is raised has no frames below this one, which hold
+        keys."""
         try:
             return self._sign_and_send(request)
         except BaseException as error:  # noqa: BLE001
             failure = strip_error(error)
-        # Within 'except', the original error would hang on this one, with its frames.
+        # Not in the 'except' block: there, Python would hang the original error on this one.
         raise failure
 
     def _sign_and_send(self, request: awsrequest.AWSRequest) -> awsrequest.AWSResponse:
-        """The only method with credentials in its variables."""
+        """The only method that has credentials in its variables."""
         with self._lock:
             credentials = self._session.get_credentials()
         if credentials is None:
@@ -480,40 +479,41 @@ class Bucket:
         try:
             frozen = credentials.get_frozen_credentials()
         except RuntimeError as error:
-            # botocore says so if the new credentials of a role have expired, too.
+            # botocore's word for it that the new credentials of a role had expired on arrival.
             problem = {'provider': credentials.method, 'error_msg': str(error)}
             raise botocore.exceptions.CredentialRetrievalError(**problem) from None
-        if not all(PRINTABLE.fullmatch(text or '') for text in frozen):
+        if not all(is_printable(text or '') for text in frozen):
             wrong = 'credentials must be printable ASCII, with no space at their ends'
             raise botocore.exceptions.InvalidConfigError(error_msg=wrong)
         auth.S3SigV4Auth(frozen, self._service, self.settings.aws_region).add_auth(request)
         prepared = request.prepare()
-        # Whoever listens to this event of botocore's may answer, as moto's mock_aws does.
+        # Those who listen to botocore's events may answer in place of S3, as moto's mock_aws does.
         name = f'before-send.s3.{request.method.title()}Object'
         _, answer = self._events.emit_until_response(name, request=prepared)
         return answer or self._http.send(prepared)
 
 
 class S3KeyValueBackend(KeyValueStoreBackend):
-    """A whole backend. Celery's own ways of storing, waiting and running chords call get(), set(),
-    delete() and mget(), with keys that begin with what they are for ('celery-task-meta-')."""
+    """A whole backend. Celery's own ways of storing, waiting and running chords are made of get(),
+    set(), delete() and mget(), which it calls with keys such as b'celery-task-meta-ID'."""
 
-    # get() returns what was given to set(), bytes included, so results may be compressed.
+    # Results may be compressed, as get() returns the very bytes that set() was given.
     supports_result_compression = True
-    # A lifecycle rule of the bucket deletes old results, so celery beat has no clean-up to schedule.
+    # Celery beat need not schedule a daily clean-up: a lifecycle rule of the bucket does that.
     supports_autoexpire = True
-    # Tells Celery for which errors the setting result_backend_always_retry is meant.
+    # Celery asks this about an error if the user has set result_backend_always_retry.
     exception_safe_to_retry = staticmethod(is_transient)
 
     def __init__(self, app, *args, **kwargs):
         super().__init__(app, *args, **kwargs)
-        # Celery makes a backend for each thread unless this is set. The method above resets it.
+        # Otherwise Celery makes a backend for each thread. It has to be set after
+        # super().__init__().
         self.thread_safe = True
         name = key = 's3_backend_settings'
         if 'CELERY_S3_BACKEND_SETTINGS' in app.conf:
             name = key = 'CELERY_S3_BACKEND_SETTINGS'
         elif app.namespace:
-            # Celery has taken this prefix off the name that the user wrote, as in Django.
+            # As in Django's settings, where Celery takes this prefix off what the user wrote.
             name = f'{app.namespace}_S3_BACKEND_SETTINGS'
         if not isinstance(app.conf.get(key) or {}, Mapping):
             raise ImproperlyConfigured(f'{name} must be a dict')
@@ -523,12 +523,12 @@ class S3KeyValueBackend(KeyValueStoreBackend):
             return
         except (ValueError, BotoCoreError) as error:
             problem = str(error)
-        # Not within 'except', as in Bucket._exchange().
+        # Not in the 'except' block, as in Bucket._exchange().
         raise ImproperlyConfigured(f'{name}: {problem}')
 
     @property
     def bucket(self) -> Bucket:
-        """The one of this process: neither connections nor locks may cross a fork."""
+        """The bucket of this process, as neither connections nor locks may cross a fork."""
         if os.getpid() not in self._buckets:
             self._buckets.setdefault(os.getpid(), Bucket(self._settings))
         return self._buckets[os.getpid()]
@@ -543,7 +543,7 @@ class S3KeyValueBackend(KeyValueStoreBackend):
         self.bucket.put(self.key_t(key), ensure_bytes(value))
 
     def delete(self, key):
-        """A key that is not there is no error."""
+        """Does nothing if there is no such key."""
         self.bucket.delete(self.key_t(key))
 
     def mget(self, keys):
@@ -581,8 +581,8 @@ def list_tasks(results: list) -> list:
 
 
 def look_until_not_ready(bucket: Bucket, look: Callable, ids: list, size: int) -> Iterator[tuple]:
-    """Look at `size` tasks at once, then at three times as many and so on, until some of those just
-    looked at are not ready. Yields the id and the meta of each that was looked at."""
+    """Look at `size` tasks at once, then at three times as many and so on, until one of those that
+    were looked at is not ready. Yields the id and the meta of each that was looked at."""
     are_ready = True
     while ids and are_ready:
         for task_id, meta in bucket.map_parallel(look, ids[:size]):
@@ -660,10 +660,10 @@ class S3WaitingBackend(S3KeyValueBackend):
         max_iterations=None,
         READY_STATES=states.READY_STATES,
     ):
-        """Celery's own iter_native() calls this, and so do other tools; it must yield the id and
-        the meta of each task as soon as it is ready, or raise TimeoutError after `timeout` seconds.
-        Its own looks at two tasks for each second of the pause that follows, and at more while all
-        that it met were ready. So a large group costs hardly more requests than a small one."""
+        """Celery's own iter_native() calls this; it must yield the id and the meta of each task as
+        soon as that is ready, or raise TimeoutError after so many seconds. Its own looks, in each
+        round, at two tasks for each second of the pause that follows, and at more as long as all
+        are ready. So to wait for a large group costs hardly more than for a small one."""
         # A dict is a set that keeps its order.
         waiting = dict.fromkeys(bytes_to_str(task_id) for task_id in task_ids)
         last_ready = time.monotonic()
@@ -758,7 +758,7 @@ class Note(NamedTuple):
 
     @classmethod
     def decode(cls, value: bytes) -> 'Note':
-        """Ignores what it does not know. A note of another edition of this file is nobody's turn."""
+        """Unknown fields are ignored. A note of an older edition of this file is nobody's turn."""
         known = json.loads(value)
         return cls(*[known.get(name) for name in cls._fields])
 
@@ -800,16 +800,23 @@ def claim(parts: Iterable[str], look: Callable, swap: Callable) -> dict | None:
         rest = [part for part in rest if part not in metas or not is_ready(metas[part])]
 
 
-def find_ends(signature) -> list:
-    """The tasks whose results are the result of this task, group, chain or chord."""
+def find_last(signature) -> canvas.Signature:
+    """The task or group whose result is the result of this task, group, chain or chord."""
     # In a message, a signature is a dict.
     signature = canvas.maybe_signature(signature)
-    while signature.subtask_type in ('chain', 'chord'):
-        inner = signature.body if signature.subtask_type == 'chord' else signature.tasks[-1]
-        signature = canvas.maybe_signature(inner)
-    if signature.subtask_type == 'group':
-        return [end for task in signature.tasks for end in find_ends(task)]
-    return [signature]
+    if signature.subtask_type == 'chain':
+        return find_last(signature.tasks[-1])
+    if signature.subtask_type == 'chord':
+        return find_last(signature.body)
+    return signature
+
+
+def find_ends(signature) -> list:
+    """The tasks whose results make the result of this task, group, chain or chord."""
+    last = find_last(signature)
+    if last.subtask_type != 'group':
+        return [last]
+    return [end for task in last.tasks for end in find_ends(task)]
 
 
 def nest_values(results: list, metas: dict) -> list:
@@ -842,8 +849,8 @@ class S3ChordBackend(S3KeyValueBackend):
             sends B with the three results, deletes the record, and then the note
 
     Four bad days:
-    - A worker dies in 'waiting'. If part 2 ran there, it is delivered again, and it is its turn. If
-      it was part 3, it is delivered again and finds itself in `by`: it looks again. See _go_on().
+    - A worker dies in 'waiting'. If part 2 ran there, it is delivered again, and has its turn. If
+      it was part 3, it is delivered again, finds itself in `by`, and looks again: see _go_on().
     - The worker of part 2 dies in 'sending'. The second delivery of part 2 finds out whether the
       body was sent; it does what is left, or sends it. See _is_sent() and _finish().
     - A chord is started twice, because the task that starts it is delivered twice, or because the
@@ -871,7 +878,7 @@ class S3ChordBackend(S3KeyValueBackend):
         record = f'{chord_id}.{uuid()}'
         self.save_group(record, header)
         self._require_conditions(record)
-        note = Note(OPEN, None, last, str(find_ends(body)[0].id), record, uuid())
+        note = Note(OPEN, None, last, str(find_last(body).id), record, uuid())
         _, stored = self.bucket.put_if(self.get_key_for_chord(chord_id), note.encode(), None)
         logger.debug('chord %s: begun, %s goes on', chord_id, last)
         # The note is another start's, or it is gone, as that one's chord has ended. (If it names
@@ -913,13 +920,14 @@ class S3ChordBackend(S3KeyValueBackend):
             self._go_on(str(request.id), options[CHORD_ID], request.chord)
 
     def _go_on(self, part: str, chord_id: str, message: dict) -> None:
-        """Read the note, after the part has ended. If it is its turn, do what is next. The message
-        holds the body."""
-        stored = self.bucket.get(self.get_key_for_chord(chord_id))
+        """Read the note, now that this part has ended, and do what it says. The message is that of
+        the body."""
+        key = self.get_key_for_chord(chord_id)
+        stored = self.bucket.get(key)
         if stored is None:
-            # The chord has ended: this is a second delivery.
+            # The chord has ended, and the part was delivered again.
             return
-        note = Note.decode(stored.value)
+        note, etag = Note.decode(stored.value), stored.etag
         if part not in (note.by, note.turn):
             logger.debug('chord %s: %s leaves it to %s', chord_id, part, note.turn or note.by)
             return
@@ -937,26 +945,6 @@ class S3ChordBackend(S3KeyValueBackend):
             if is_sent:
                 self._finish(chord_id, note, body)
                 return
-            record = self.get(self.get_key_for_group(note.record))
-        self._end(part, chord_id, body, note, stored.etag, record)
-
-    def _is_sent(self, note: Note) -> bool:
-        """Whether the body was sent or has failed, as far as that shows: the record is deleted after
-        it, and the body may have stored a state."""
-        if note.phase == SENDING and self.get(self.get_key_for_group(note.record)) is None:
-            return True
-        return self.get(self.get_key_for_task(note.body)) is not None
-
-    def _finish(self, chord_id: str, note: Note, body: canvas.Signature) -> None:
-        """Do what comes after the body was sent or has failed. It does no harm to do it twice."""
-        meta = self._look_at_task(note.body)
-        if meta['status'] in states.PROPAGATE_STATES:
-            # The worker may have died before the chord was told that this body is a part of.
-            self._fail_ends([body], meta['result'])
-        self._delete(chord_id, note)
-
-    def _end(self, part, chord_id, body, note, etag, record) -> None:
-        """Claim the chord and, if it is this delivery that wins, send its body or fail it."""
 
         def look(ids: list) -> Iterator[tuple]:
             return look_until_not_ready(self.bucket, self._look_at_task, ids, 1)
@@ -964,11 +952,10 @@ class S3ChordBackend(S3KeyValueBackend):
         def swap(phase: str, turn: str | None) -> bool:
             nonlocal etag
             changed = note._replace(phase=phase, by=part, turn=turn, nonce=uuid())
-            key = self.get_key_for_chord(chord_id)
-            won, stored = self.bucket.put_if(key, changed.encode(), etag)
+            won, now = self.bucket.put_if(key, changed.encode(), etag)
             logger.debug('chord %s: %s writes %s, %s: %s', chord_id, part, phase, turn, won)
-            if won and stored is not None:
-                etag = stored.etag
+            if won and now is not None:
+                etag = now.etag
             return won
 
         try:
@@ -986,6 +973,21 @@ class S3ChordBackend(S3KeyValueBackend):
             self._send_body(body, results, metas)
         except Exception as error:  # noqa: BLE001
             self._fail_body(chord_id, body, error)
+        self._delete(chord_id, note)
+
+    def _is_sent(self, note: Note) -> bool:
+        """Whether it shows that the body was sent or has failed: the record is deleted after that,
+        and the body may have stored a state since."""
+        if note.phase == SENDING and self.get(self.get_key_for_group(note.record)) is None:
+            return True
+        return self.get(self.get_key_for_task(note.body)) is not None
+
+    def _finish(self, chord_id: str, note: Note, body: canvas.Signature) -> None:
+        """Do what comes after the body was sent or has failed. It does no harm to do it twice."""
+        meta = self._look_at_task(note.body)
+        if meta['status'] in states.PROPAGATE_STATES:
+            # The worker may have died before it told the chord that this body is a part of.
+            self._fail_ends([body], meta['result'])
         self._delete(chord_id, note)
 
     def _delete(self, chord_id: str, note: Note) -> None:
@@ -1017,27 +1019,32 @@ class S3ChordBackend(S3KeyValueBackend):
             return {'status': states.FAILURE, 'result': error}
 
     def _send_body(self, body: canvas.Signature, results: list, metas: dict) -> None:
-        """Publish the body with the values of these results. Raises ChordError if a part has failed,
-        or if the broker is away for longer than SENDING_LIMIT."""
+        """Publish the body with the values of these results. Raises ChordError if a part has
+        failed, or if the broker is away for longer than SENDING_LIMIT."""
         for part in [str(task.id) for task in list_tasks(results)]:
             if metas[part]['status'] in states.PROPAGATE_STATES:
-                # It may be any BaseException, such as CancelledError, which must not be raised here.
+                # It may be any BaseException, such as CancelledError, which must not be raised
+                # here.
                 error = metas[part]['result']
                 cause = error if isinstance(error, Exception) else None
                 raise ChordError(f'Dependency {part} raised {safe_repr(error)}') from cause
-        values, send = nest_values(results, metas), body.apply_async
+        values = nest_values(results, metas)
         try:
-            # retry=True is for a connection that breaks: Celery goes on where it has stopped, within
-            # a group, too. retry_over_time() is for a connection that cannot be made at first.
-            retry_over_time(send, OperationalError, [[values]], {'retry': True}, **RETRIES)
+            # retry=True is for a connection that breaks: Celery goes on where it has stopped,
+            # within a group, too. retry_over_time() is for a connection that cannot be made at
+            # first.
+            retry_over_time(
+                body.apply_async, OperationalError, [[values]], {'retry': True}, **RETRIES
+            )
         except Exception as error:
             raise ChordError(f'Callback error: {safe_repr(error)}') from error
 
     # What follows a failure: a body that fails is stored as failed, with all tasks that give its
-    # result (it may be a group or a chain), and so are the tasks that are chained after a task that
-    # fails. Each keeps its own error if it has one; and each tells the chord that it is a part of,
-    # if there is one, so that its body fails in turn. This ends, as each step leads to a chord
-    # further out. Where a task stores nothing, nothing is stored or asked but for parts of chords.
+    # result (it may be a group or a chain), and so are the tasks that are chained after a task
+    # that fails. Each keeps its own error if it has one; and each tells the chord that it is a
+    # part of, if there is one, so that its body fails in turn. This ends, as each step leads to a
+    # chord further out. Where a task stores nothing, nothing is stored or asked but for parts of
+    # chords.
 
     def _fail_body(self, chord_id: str, body: canvas.Signature, error: Exception) -> None:
         """To be called within 'except': Celery stores the traceback of the error."""
@@ -1051,13 +1058,13 @@ class S3ChordBackend(S3KeyValueBackend):
         the body, and calls the errbacks. Its own goes on as described above."""
         if not callback.id:
             # A chain before Celery 5.6. Celery stores the error by this id.
-            callback.options['task_id'] = find_ends(callback)[0].id
+            callback.options['task_id'] = find_last(callback).id
         super().chord_error_from_stack(callback, exc)
         self._fail_ends([callback], exc)
 
     def _fail_chain(self, chain, exc, traceback=None, store_result=True, state=states.FAILURE):
-        """Celery 5.7 calls this when a task has failed, for those that are chained after it; nothing
-        is returned. Its own includes tasks within groups."""
+        """Celery 5.7 calls this when a task has failed, for those that are chained after it;
+        nothing is returned. Its own includes tasks within groups."""
         # An odd message may have anything as its chain.
         if isinstance(chain, list):
             self._fail_ends(chain, exc, traceback, store_result, state)
