@@ -5,8 +5,8 @@
 
 `Bucket` speaks signed S3 over HTTP. `S3KeyValueBackend` is a whole backend on it, with Celery's
 own ways of storing results, waiting for them and running chords. Three subclasses improve one of
-these ways each, and know nothing of one another. `S3Backend` joins them; to do without one, write
-such a class with the other two. Chords, the last part, are the only one that takes some thought.
+these ways each, and know nothing of one another. `S3Backend` joins them: to leave one out, write a
+class that joins the other two. Only the last part, chords, takes some thought.
 
 There is no botocore client here: to make one takes more time and memory than all of this module,
 in each process of a worker, and it adds checksums to each PUT that some stores refuse.
@@ -54,24 +54,26 @@ from kombu.utils.functional import retry_over_time
 
 __version__ = '2.0.0'
 logger = logging.getLogger(__name__)
-# celery-s3 1.x is configured as 'celery_s3.backends.S3Backend', which still works. (A module that
-# was loaded in an unusual way is not in sys.modules.)
+# celery-s3 1.x is configured as 'celery_s3.backends.S3Backend'. Python finds that module where it
+# finds this one (if it does: a loader need not register what it loads).
 if __name__ in sys.modules:
     backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]
 
-# What is worth another attempt is one of three things. A status: any from 500 on but 501, or 408
-# (the request came too slowly), 409 (others write this key now), 429 (too many requests), 499
-# (MinIO is shutting down).
+# Three things are worth another attempt. First, a status: all from 500 on but 501 (which says that
+# the store cannot do it), and 408 (the request came too slowly), 409 (others write this key now),
+# 429 (too many requests), 499 (MinIO is shutting down).
 TRANSIENT_STATUSES = {408, 409, 429, 499}
-# A code that contains one of these: for throttling, as botocore's 'standard' retries know it; for
-# what was damaged or grew old on its way; for an identity that AWS STS could not have confirmed.
+# Second, a code with one of these words in it: for throttling, as botocore's 'standard' retries
+# know it; for a request that was damaged or grew old on its way; and for a web identity whose
+# provider AWS STS could not ask.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 TRANSIENT_CODES = re.compile(
     'Throttl|LimitExceeded|TooManyRequests|SlowDown|RequestTimeout|PriorRequestNotComplete'
     '|ProvisionedThroughputExceeded|TransactionInProgress|RequestTimeTooSkewed|BadDigest'
     '|XAmzContentSHA256Mismatch|IDPCommunicationError|InvalidIdentityToken'
 )
-# An error: no connection, a connection that broke, or a source of credentials that is too busy.
+# Third, an error: no connection could be made (ConnectionError); one broke, or no answer came
+# (HTTPClientError has these subclasses); or a source of credentials had none at that moment.
 TRANSIENT_ERRORS = (
     botocore.exceptions.ConnectionError,
     HTTPClientError,
@@ -81,40 +83,43 @@ TRANSIENT_ERRORS = (
 )
 # How often a request is sent at most, unless AWS_MAX_ATTEMPTS says it.
 ATTEMPTS = 5
-# Seconds that the first pause between attempts may last: if the store has too much to do or cannot
-# be reached, and if a connection broke. Each further one may be twice as long, up to the third.
+# Seconds that the first pause between attempts may last: after an answer or where no connection
+# can be made, as the store is busy or restarts; and after anything else. Each further pause may be
+# twice as long, up to LONGEST_PAUSE.
 FIRST_PAUSE_BUSY = 1.0
-FIRST_PAUSE_BROKEN = 0.2
+FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 20.0
 
-# S3's codes for a condition that is not met. The second stands for an answer without a body; the
-# third means that there is no object which could have the etag.
+# S3's codes for a condition that is not met. '412' is an answer without a body; NoSuchKey: there
+# is no object which could have the etag.
 UNMET = {'PreconditionFailed', '412', 'NoSuchKey'}
 # Two forms of an etag in If-Match, each with the codes that mean 'not met'. AWS takes both,
 # Cloudflare R2 only the first (the other is an InvalidArgument there), Ceph 16 only the second.
 ETAG_FORMS = {'"{}"': UNMET, '{}': UNMET | {'InvalidArgument'}}
-# How often a state is written at most, each time on top of what others have written in between,
-# and seconds that a pause before it may last, from the third time on.
+# How often to try to write a state, each time over what others wrote meanwhile; and seconds that a
+# pause may last before the third time and each later one.
 STORE_ATTEMPTS = 20
 STORE_PAUSE = 0.2
 
-# Seconds between two looks at tasks. Celery's methods pass the first if their caller gives none.
+# Seconds between two looks at tasks. Celery passes the first where the user gives no interval: so
+# an interval of 0.5 cannot be told from none.
 CELERYS_INTERVAL = 0.5
 SHORTEST_INTERVAL = 0.5
 LONGEST_INTERVAL = 30.0
 
-# Seconds within which the last attempt to publish a chord's body begins. With brokers that refuse
-# or never answer, it was seen to end up to 4.3 seconds later. So when the grace is over, a worker
-# that had begun to send a body has sent it, has failed it, or is dead.
+# Seconds. The last attempt to publish a chord's body begins within this limit; with brokers that
+# refuse or never answer, that attempt was seen to end 4.3 seconds later at most. So when the grace
+# is over, a worker that had begun to send a body has sent it, has failed it, or is dead.
 SENDING_LIMIT = 20
 SENDING_GRACE = SENDING_LIMIT + 10
-# The same limit as arguments of kombu's retry_over_time(): an attempt each second.
+# Arguments of kombu's retry_over_time(): an attempt each second, then the last error is raised.
 RETRIES = {'interval_start': 1, 'interval_step': 0, 'interval_max': 1, 'timeout': SENDING_LIMIT}
 # An option of a chord's body, with the chord's id: all parts receive it, and find the note by it.
 CHORD_ID = 'celery_s3_chord_id'
 
-# S3 Express has directory buckets, with the zone that they are in as a part of their names. Others
-# with such an end (--SOMETHING-s3) have hosts that this module does not know.
+# S3 Express has directory buckets, whose names tell the zone that they are in. Others with such an
+# end (--SOMETHING-s3) have hosts that this module does not know, and '.' and '..' are no names.
+# The rest is botocore's rule: up to 255 letters, digits, '.', '-' and '_'.
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/directory-bucket-naming-rules.html
 EXPRESS = r'(?=.{3,63}$)[a-z0-9][a-z0-9-]*--(?P<zone>[a-z0-9]+(-[a-z0-9]+)+)--x-s3'
 ORDINARY = rf'(?!.*--\w+-s3$|\.\.?$){handlers.VALID_BUCKET.pattern}'
@@ -122,15 +127,13 @@ ENDPOINT = r'https?://(\[[^\]]+\]|[^@:/?#]+)(:\d{1,5})?(/[\w.~/-]*)?'
 KEY_SETTINGS = 'aws_access_key_id', 'aws_secret_access_key', 'aws_session_token'
 # https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2
 HEADER_NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-# What a setting has to be: a pattern, and the same in words. All others have to be PRINTABLE.
+# What a setting has to be: a pattern for its text, and the same in words. PRINTABLE is for all
+# that are not listed: other texts (numbers and True are printable in any case).
 PRINTABLE = '([!-~]([ -~]*[!-~])?)?', 'printable ASCII, with no space at its ends'
 RULES = {
     'bucket': (f'{EXPRESS}|{ORDINARY}', 'a name or an alias, no URL and no ARN'),
     'base_path': (r'(?!(.*/)?\.\.?(/|$))[^\0-\x1f\x7f]*', "without '.', '..', control characters"),
-    'endpoint_url': (
-        f'({ENDPOINT})?',
-        'http:// or https:// and a host, perhaps a port and a path',
-    ),
+    'endpoint_url': (f'({ENDPOINT})?', 'http:// or https:// and a host, perhaps port and path'),
     'max_connections': (r'[1-9]\d*', 'a whole number, 1 or more'),
 }
 
@@ -140,9 +143,8 @@ RULES = {
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """What a user sets. Error trackers send the variables of functions that fail, as their reprs.
-    So this class has none, and nowhere in this module is a secret in a variable of such a
-    function."""
+    """What a user sets. Error trackers send the variables of functions that fail, by their reprs.
+    So this class has no repr, and no such function of this module has a secret in a variable."""
 
     bucket: str = ''
     # A folder in the bucket.
@@ -166,15 +168,16 @@ class Settings:
 
     @classmethod
     def from_dict(cls, given: Mapping) -> 'Settings':
-        """The settings in a dict, where None and '' mean 'not set'. As it holds keys, it must not
-        fail, so it leaves that to check()."""
-        known = [each.name for each in fields(cls) if each.name != 'unknown']
+        """The settings in a dict, where None and '' mean 'not set'. The dict holds keys, so this
+        must not fail: check() does."""
+        known = [setting.name for setting in fields(cls) if setting.name != 'unknown']
         unknown = tuple(name for name in given if name not in known)
         is_set = [name for name in known if given.get(name) not in (None, '')]
         return cls(unknown=unknown, **{name: given[name] for name in is_set})
 
     def complete(self, session: botocore.session.Session) -> 'Settings':
-        """These settings, with region and endpoint from where every AWS tool finds them."""
+        """These settings, with region and endpoint from where AWS tools find them (but endpoints
+        in profile files, which are not read)."""
         config = session.get_config_variable
         region = self.aws_region or config('region') or 'us-east-1'
         url = self.endpoint_url
@@ -184,20 +187,23 @@ class Settings:
 
     def check(self) -> None:
         """Raise ValueError where a setting cannot be right: with its name, without its value."""
-        for name in self.unknown:
-            known = ', '.join(each.name for each in fields(self) if each.name != 'unknown')
-            raise ValueError(f'unknown setting {name!r}; known are {known}')
-        for each in fields(self):
-            kind: Any = each.type
-            if not isinstance(getattr(self, each.name), kind):
-                raise ValueError(f'{each.name} must be of type {kind.__name__}')  # noqa: TRY004
-            pattern, meaning = RULES.get(each.name, PRINTABLE)
-            # (As a text, True is no number.)
-            if not re.fullmatch(pattern, str(getattr(self, each.name)), re.ASCII):
-                raise ValueError(f'{each.name} must be {meaning}')
+        if self.unknown:
+            known = [setting.name for setting in fields(self) if setting.name != 'unknown']
+            raise ValueError(f'unknown setting {self.unknown[0]!r}; known are {", ".join(known)}')
+        for setting in fields(self):
+            name = setting.name
+            # A class, as the types are written above: not a text, and not a union of types.
+            kind: Any = setting.type
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f'{name} must be of type {kind.__name__}')  # noqa: TRY004
+            pattern, meaning = RULES.get(name, PRINTABLE)
+            # True is an int in Python, but 'True' is no number.
+            if not re.fullmatch(pattern, str(getattr(self, name)), re.ASCII):
+                raise ValueError(f'{name} must be {meaning}')
         if self.endpoint_url and not utils.is_valid_uri(self.endpoint_url):
             raise ValueError('endpoint_url must have the name or address of a host')
         try:
+            # botocore takes the empty name, too. complete() fills it in.
             utils.validate_region_name(self.aws_region)
         except ValueError as error:
             raise ValueError(f'aws_region must be like us-east-1: {error}') from None
@@ -218,22 +224,20 @@ def is_printable(text: object) -> bool:
 
 
 def is_header(name: object, value: object) -> bool:
-    """Whether HTTP can send a header of this name (a token) with this value.
-    https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2"""
-    is_token = is_printable(name) and re.fullmatch(HEADER_NAME, str(name)) is not None
+    """Whether HTTP can send a header of this name with this value."""
+    is_token = isinstance(name, str) and re.fullmatch(HEADER_NAME, name) is not None
     return is_token and is_printable(value)
 
 
 class Stored(NamedTuple):
-    """An object as it is stored. The etag, here without quotes, is the number of its version."""
+    """An object as it is stored. The etag, here without quotes, changes with its value."""
 
     value: bytes
     etag: str
 
 
 class Swap(NamedTuple):
-    """The end of a conditional write: whether it took place, and what is stored now (if at
-    all)."""
+    """The outcome of a conditional write: whether it took place, and what is stored now."""
 
     won: bool
     stored: Stored | None
@@ -244,27 +248,26 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, ClientError):
         code = str(error.response.get('Error', {}).get('Code'))
         status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode') or 0
-        # 501 is for what the store does not know.
         is_failure = status in TRANSIENT_STATUSES or (status >= 500 and status != 501)
         return is_failure or TRANSIENT_CODES.search(code) is not None
     return isinstance(error, TRANSIENT_ERRORS) and 'CERTIFICATE_VERIFY_FAILED' not in str(error)
 
 
 def choose_pause(error: Exception, attempt: int) -> float:
-    """Seconds from this attempt, the first of which is 1, to the next. They are random, so that
-    clients that have failed together do not come back together.
+    """Seconds to wait after this attempt (counted from 1). They are random, so that clients which
+    have failed together do not come back together.
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/"""
-    first = FIRST_PAUSE_BROKEN
+    first = FIRST_PAUSE
     if isinstance(error, (ClientError, botocore.exceptions.ConnectionError)):
         first = FIRST_PAUSE_BUSY
-    # Ten doublings lead past the longest pause in any case, and a thousand to an overflow.
+    # Ten doublings exceed the longest pause. A thousand would overflow.
     return random.uniform(0, min(first * 2 ** min(attempt - 1, 10), LONGEST_PAUSE))
 
 
 def open_session(settings: Settings) -> botocore.session.Session:
     """A session of botocore, which finds credentials, profiles and the rest of the environment."""
     session = botocore.session.Session(profile=settings.aws_profile or None)
-    # botocore says so as well, but from a function that holds all profiles with their keys.
+    # botocore would say so, too, but in a function that has all profiles' keys in a variable.
     known = session.available_profiles
     if session.profile not in (None, *known):
         raise ValueError(f'aws_profile or AWS_PROFILE must be one of {known}')
@@ -274,11 +277,12 @@ def open_session(settings: Settings) -> botocore.session.Session:
 
 
 def make_root(settings: Settings, session: botocore.session.Session) -> str:
-    """The URL that the bucket's keys come after."""
+    """The URL to put before a key. (Compared with botocore's own in all regions, with and without
+    FIPS, dual stack and S3 Express.)"""
     bucket, region = settings.bucket, settings.aws_region
     if settings.endpoint_url:
         return f'{settings.endpoint_url.rstrip("/")}/{bucket}/'
-    # AWS has partitions, such as China, with suffixes of their own. The first is the public one.
+    # Partitions of AWS, such as China, have suffixes of their own. The first is the public one.
     partitions = session.get_component('data_loader').load_data('partitions')['partitions']
     matching = [each for each in partitions if re.match(each['regionRegex'], region)]
     suffix = [*matching, partitions[0]][0]['outputs']['dnsSuffix']
@@ -287,23 +291,25 @@ def make_root(settings: Settings, session: botocore.session.Session) -> str:
     express = re.fullmatch(EXPRESS, bucket)
     service = f's3express{fips}-{express["zone"]}' if express else f's3{fips}'
     host = f'{service}{dual_stack}.{region}.{suffix}'
-    # S3's certificates do not cover names with dots, and hosts have no capitals, as old names may.
+    # False for names that cannot stand before the host: S3's certificates do not cover those with
+    # dots, and old names may have capitals.
     if utils.check_dns_name(bucket):
         return f'https://{bucket}.{host}/'
     return f'https://{host}/{bucket}/'
 
 
 def strip_error(error: Any) -> BaseException:
-    """The same error without the frames and errors that hang on it, and that hold credentials."""
+    """The same error without the frames and errors attached to it, which hold credentials."""
     if type(error) is HTTPClientError:
-        # This class itself, unlike those derived from it, wraps what is not botocore's own, such
-        # as a soft time limit that strikes during the request, and that the task wants to catch.
+        # This class itself, unlike its subclasses, wraps errors that are not botocore's, such as a
+        # soft time limit that strikes during the request, and that the task wants to catch.
         return strip_error(error.kwargs['error'])
     if isinstance(error, (botocore.exceptions.ConnectionError, HTTPClientError)):
         cause: BaseException = error
         while cause.__context__ is not None:
             cause = cause.__context__
-        # It has to be a copy, as the original keeps the request. The cause becomes a text.
+        # A copy, as the original keeps the request. Its cause, such as 'Connection refused', is
+        # the innermost error, and becomes a part of the text.
         copy = type(error)(**{name: str(error.kwargs[name]) for name in error.kwargs})
         copy.args = (f'{error} ({type(cause).__name__}: {cause})',)
         return copy
@@ -312,10 +318,11 @@ def strip_error(error: Any) -> BaseException:
 
 
 def read_refusal(answer: awsrequest.AWSResponse, status: int) -> dict:
-    """What ClientError is made of. Of the answer, only code and message are taken, because S3 may
-    repeat the headers of the request in it, and so the session token."""
+    """What ClientError is made of. Only code and message are taken from the answer, as S3 may
+    repeat the request's headers in it, and so the session token."""
     given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
-    # No shape is expected (None), as it may be a proxy that has answered.
+    # With no particular shape (None), it takes any answer, such as a proxy's HTML, and finds no
+    # code.
     parsed = parsers.create_parser('rest-xml').parse(given, None)
     error = parsed.get('Error', {})
     texts = {'Code': error.get('Code') or str(status), 'Message': error.get('Message') or ''}
@@ -334,18 +341,21 @@ class Bucket:
         # What the environment says of region and endpoint may be wrong, too.
         self.settings.check()
         config = self._session.get_config_variable
-        # Where a role has to be assumed, AWS STS is asked in this region.
+        # The region of AWS STS, if a role is to be assumed.
         self._session.set_config_variable('region', self.settings.aws_region)
         self._events = self._session.get_component('event_emitter')
         folder = self.settings.base_path.strip('/')
         self._prefix = f'{folder}/' if folder else ''
         self.uri = f's3://{self.settings.bucket}/{self._prefix}'
         self._root = make_root(self.settings, self._session)
+        # S3 Express takes plain signatures for this service. (boto3 opens a session first, unless
+        # AWS_S3_DISABLE_EXPRESS_SESSION_AUTH is set.)
         is_express = utils.is_s3express_bucket(self.settings.bucket)
         self._service = 's3express' if is_express else 's3'
         self._attempts = config('max_attempts') or ATTEMPTS
         # Both forms, until one has been taken.
         self._etag_forms = [*ETAG_FORMS]
+        # Its time-outs are botocore's: 60 seconds to connect, and 60 for the next byte to come.
         self._http = httpsession.URLLib3Session(
             verify=config('ca_bundle') or os.getenv('REQUESTS_CA_BUNDLE') or True,
             proxies=utils.get_environ_proxies(self._root),
@@ -353,17 +363,16 @@ class Bucket:
             # Nagle's algorithm would hold back the end of each PUT for 40 ms.
             socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],
         )
-        # Two threads must not look up the credentials of one session at the same time.
+        # Two threads must not look up credentials in one session at once. (Those that were found
+        # have a lock of their own, for being renewed.)
         self._lock = threading.Lock()
         # No thread is started before there is work for it.
         self._threads = ThreadPoolExecutor(self.settings.max_connections)
 
     def get(self, key: str) -> Stored | None:
         """The object of this key, if there is one."""
-        missing = {'NoSuchKey'}
-        if self.settings.denied_is_missing:
-            missing.add('AccessDenied')
-        return self._send('GET', key, missing)
+        denied = ['AccessDenied'] if self.settings.denied_is_missing else []
+        return self._send('GET', key, {'NoSuchKey', *denied})
 
     def put(self, key: str, value: bytes) -> None:
         """Write the object, whatever was there."""
@@ -373,7 +382,7 @@ class Bucket:
         """Write the object if it has this etag or, where the etag is None, if there is no object.
 
         It costs a PUT, a second one until it is known in which form the store takes etags, and a
-        GET if it was refused. A value that nobody else writes makes sure of who has won.
+        GET if it was refused. Who writes the same value as another writer may win with him.
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
         header, forms = 'If-Match', self._etag_forms
         if etag is None:
@@ -390,7 +399,7 @@ class Bucket:
             if etag is not None:
                 self._etag_forms = [form]
             return Swap(True, Stored(value, stored.etag))
-        # A write whose answer was lost has been sent again, and was refused because of itself.
+        # If the answer to a write is lost, it is sent again, and refused because of itself.
         found = self.get(key)
         return Swap(found is not None and found.value == value, found)
 
@@ -399,57 +408,56 @@ class Bucket:
         self._send('DELETE', key, {'NoSuchKey'})
 
     def ignores_conditions(self, key: str) -> bool:
-        """Whether the store overwrites this object though the condition is not met. Costs a
-        PUT."""
+        """Whether the store overwrites an object though If-Match is not met: this one, which must
+        exist, with nothing."""
         impossible = {'If-Match': '"00000000000000000000000000000000"'}
         return self._send('PUT', key, UNMET, data=b'', headers=impossible) is not None
 
     def map_parallel(self, function: Callable, items: list) -> Iterator[tuple]:
         """Yield (item, function(item)) in order. Many run at once, in threads that all callers
-        share; an error is raised at once, while others still run. The function should only read:
-        where no more threads can be started, it is called twice for some items."""
+        share. An error is raised in its turn; then no more are begun, and none is waited for. The
+        function should only read: if no more threads can be started, some items get it twice."""
         values: Iterable = map(function, items)
         if len(items) > 1:
-            # If no thread can be started, this error comes, and they run one after the other.
+            # This error comes if no thread can be started. Then they run one after the other.
             with suppress(RuntimeError):
                 values = self._threads.map(function, items)
         yield from zip(items, values)
 
     def _send(self, method: str, key: str, refusals: set, **content: Any) -> Stored | None:
-        """Send a request until there is an answer for good. Returns what it says is stored, or
-        None if its code is among the refusals. The content is `data` and `headers`, as of
-        AWSRequest."""
-        # UTF-8 has no bytes for half of a surrogate pair, which an id may contain.
+        """Send a request until the answer is final: what it says is stored, or None if its code is
+        among the refusals. The content is `data` and `headers`, as of AWSRequest."""
+        # S3 signs the path as it is written here. UTF-8 has no bytes for half of a surrogate pair,
+        # which an id may contain.
         path = quote(self._prefix + key, safe='/-._~', errors='backslashreplace')
-        operation = f'{method} {self.uri}{key}'
         attempt = 1
         while True:
             try:
-                # A request is made anew each time, because its date and its credentials grow old.
+                # A new request each time, as its date and its credentials grow old.
                 request = awsrequest.AWSRequest(method, self._root + path, **content)
-                return self._read(self._exchange(request), operation, refusals)
+                return self._read(method, key, self._exchange(request), refusals)
             except (ClientError, *TRANSIENT_ERRORS) as error:
                 if attempt >= self._attempts or not is_transient(error):
                     raise
                 pause = choose_pause(error, attempt)
                 attempt += 1
                 logger.warning('%s; attempt %d in %.1f s', error, attempt, pause)
-            time.sleep(pause)
+                time.sleep(pause)
 
-    def _read(self, answer: Any, operation: str, refusals: set) -> Stored | None:
-        """What is stored, or None if the answer is one of these refusals, or else an error."""
+    def _read(self, method: str, key: str, answer: Any, refusals: set) -> Stored | None:
+        """What the answer says is stored, or None if it is a refusal. Raises its error, if any."""
         status, content, headers = answer.status_code, answer.content, answer.headers
-        # Nobody else notices that a connection broke before the end of a body. A proxy may repeat
-        # the length, as in '5, 5': https://www.rfc-editor.org/rfc/rfc9110#section-8.6
+        # urllib3 does not notice here that a connection broke before a body's end. A proxy may
+        # repeat the length, as in '5, 5': https://www.rfc-editor.org/rfc/rfc9110#section-8.6
         length = headers.get('content-length', '').partition(',')[0]
         if length.isdigit() and int(length) != len(content):
             url = f'{answer.url} (cut short)'
             raise botocore.exceptions.ConnectionClosedError(endpoint_url=url)
-        if operation.startswith('PUT') and status == 200 and b'<Error' in content:
+        if method == 'PUT' and status == 200 and b'<Error' in content:
             # S3 may fail after it has begun to answer that all is well.
             status = 500
         if status < 300:
-            # A proxy that compresses what it passes on puts W/ before the etag.
+            # Some proxies put W/ before an etag.
             return Stored(content, headers.get('etag', '').removeprefix('W/').strip('"'))
         refusal = read_refusal(answer, status)
         if refusal['Error']['Code'] in refusals:
@@ -458,11 +466,10 @@ class Bucket:
         for name in 'x-amz-bucket-region', 'x-amz-request-id':
             if name in headers:
                 details += f', {name} {headers[name]}'
-        raise ClientError(refusal, f'{operation} ({details})')
+        raise ClientError(refusal, f'{method} {self.uri}{key} ({details})')
 
     def _exchange(self, request: awsrequest.AWSRequest) -> awsrequest.AWSResponse:
-        """Sign and send a request. What is raised has no frames below this one, which hold
-        keys."""
+        """Sign and send. What it raises has no frames below this one, as they hold credentials."""
         try:
             return self._sign_and_send(request)
         except BaseException as error:  # noqa: BLE001
@@ -479,7 +486,7 @@ class Bucket:
         try:
             frozen = credentials.get_frozen_credentials()
         except RuntimeError as error:
-            # botocore's word for it that the new credentials of a role had expired on arrival.
+            # botocore raises this if the new credentials of a role have expired, too.
             problem = {'provider': credentials.method, 'error_msg': str(error)}
             raise botocore.exceptions.CredentialRetrievalError(**problem) from None
         if not all(is_printable(text or '') for text in frozen):
@@ -495,29 +502,30 @@ class Bucket:
 
 class S3KeyValueBackend(KeyValueStoreBackend):
     """A whole backend. Celery's own ways of storing, waiting and running chords are made of get(),
-    set(), delete() and mget(), which it calls with keys such as b'celery-task-meta-ID'."""
+    set(), delete() and mget(), which it calls with keys such as 'celery-task-meta-ID'."""
 
     # Results may be compressed, as get() returns the very bytes that set() was given.
     supports_result_compression = True
     # Celery beat need not schedule a daily clean-up: a lifecycle rule of the bucket does that.
     supports_autoexpire = True
-    # Celery asks this about an error if the user has set result_backend_always_retry.
+    # Celery asks this about an error, and then calls again without end, if the user has set
+    # result_backend_always_retry.
     exception_safe_to_retry = staticmethod(is_transient)
 
     def __init__(self, app, *args, **kwargs):
         super().__init__(app, *args, **kwargs)
-        # Otherwise Celery makes a backend for each thread. It has to be set after
-        # super().__init__().
+        # Otherwise Celery makes a backend for each thread. (super().__init__() sets it to False.)
         self.thread_safe = True
+        # `key` is how Celery's configuration has it, `name` how the user has written it.
         name = key = 's3_backend_settings'
         if 'CELERY_S3_BACKEND_SETTINGS' in app.conf:
             name = key = 'CELERY_S3_BACKEND_SETTINGS'
         elif app.namespace:
-            # As in Django's settings, where Celery takes this prefix off what the user wrote.
+            # In Django's settings, for example: Celery takes the prefix off.
             name = f'{app.namespace}_S3_BACKEND_SETTINGS'
-        if not isinstance(app.conf.get(key) or {}, Mapping):
+        if not isinstance(app.conf.get(key, {}), Mapping):
             raise ImproperlyConfigured(f'{name} must be a dict')
-        self._settings = Settings.from_dict(app.conf.get(key) or {})
+        self._settings = Settings.from_dict(app.conf.get(key, {}))
         try:
             self._buckets = {os.getpid(): Bucket(self._settings)}
             return
@@ -556,12 +564,12 @@ class S3KeyValueBackend(KeyValueStoreBackend):
 
     @staticmethod
     def key_t(key):
-        """Celery calls this for each part of a key, and joins what it returns: text. An id may be
-        bytes, a UUID or, in an odd message, anything."""
+        """Celery calls this for each part of a key, and joins the texts that it returns. An id may
+        be bytes, a UUID or, in an odd message, anything."""
         return bytes_to_str(key) if isinstance(key, bytes) else str(key)
 
 
-# What two of the three classes below use
+# For waiting and for chords
 
 
 def is_ready(meta: dict) -> bool:
@@ -600,9 +608,9 @@ class S3StoringBackend(S3KeyValueBackend):
     writes, and replaces a SUCCESS that was stored in between."""
 
     def _store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        """Celery calls this in store_result(), with a result that can be encoded; it must return
-        that. Its own makes one write, on condition that the state which this request has stored
-        last is still there or, if it has stored none, that there is none."""
+        """Celery calls this in store_result(), with an encodable result, which it must return.
+        This one makes one write, which takes place only if nothing was stored since the last write
+        of the same request."""
         if not self.bucket.settings.conditional_writes:
             return super()._store_result(task_id, result, state, traceback, request, **kwargs)
         key = self.get_key_for_task(task_id)
@@ -624,11 +632,11 @@ class S3StoringBackend(S3KeyValueBackend):
             if stored is not None:
                 etag = stored.etag
                 found = self.decode(stored.value)['status']
-                # Each worker stores REVOKED for a task that is revoked, and one is enough.
+                # If a task is revoked, each worker stores that. One is enough.
                 if found == states.SUCCESS or found == state == states.REVOKED:
                     return result
-            # A state that is not final and has lost twice counts as written just before those of
-            # others: many tasks at once may report their progress on the id of their parent.
+            # A state that is not final and has lost twice may be dropped, as if others had written
+            # over it at once: many tasks may report progress as the state of the same parent.
             if attempt > 0 and state not in states.READY_STATES:
                 return result
         problem = 'others store states of this task all the time, or s3:GetObject is not allowed'
@@ -646,7 +654,7 @@ class S3WaitingBackend(S3KeyValueBackend):
 
     def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):
         """Celery calls this for the get() of a task's result; it must return the meta as soon as
-        the task is ready, or raise TimeoutError. Its own waits as for a set of one."""
+        the task is ready, or raise TimeoutError. This one waits as for a set of one."""
         return next(self.get_many([task_id], timeout, interval, no_ack, None, on_interval))[1]
 
     def get_many(
@@ -660,25 +668,24 @@ class S3WaitingBackend(S3KeyValueBackend):
         max_iterations=None,
         READY_STATES=states.READY_STATES,
     ):
-        """Celery's own iter_native() calls this; it must yield the id and the meta of each task as
-        soon as that is ready, or raise TimeoutError after so many seconds. Its own looks, in each
-        round, at two tasks for each second of the pause that follows, and at more as long as all
-        are ready. So to wait for a large group costs hardly more than for a small one."""
-        # A dict is a set that keeps its order.
+        """Celery calls this for sets of results; it must yield the id and the meta of each task as
+        soon as that is ready, or raise TimeoutError after so many seconds. In each round, this one
+        looks at two tasks per second of the pause that follows, and at more while all are ready.
+        So to wait for a large group costs hardly more than for a small one."""
+        # A dict keeps the order, a set does not.
         waiting = dict.fromkeys(bytes_to_str(task_id) for task_id in task_ids)
         last_ready = time.monotonic()
         deadline = float('inf') if timeout is None else last_ready + timeout
         rounds = 0
         while waiting:
-            # A tenth of the time since something was ready, within limits.
-            pause = (time.monotonic() - last_ready) / 10
-            pause = min(max(SHORTEST_INTERVAL, pause), LONGEST_INTERVAL)
-            if interval not in (None, CELERYS_INTERVAL):
-                pause = interval
+            pause = interval
+            if interval in (None, CELERYS_INTERVAL):
+                idle = time.monotonic() - last_ready
+                pause = min(max(SHORTEST_INTERVAL, idle / 10), LONGEST_INTERVAL)
             ids = list(waiting)
             size = max(1, int(2 * pause))
-            # All are looked at before time is up, so that nothing that is ready is held back. And
-            # whoever limits the rounds expects to see all in each.
+            # When time is up, all are looked at once more, so that none that is ready is missed.
+            # And Celery passes max_iterations=1 to see how each task is.
             if max_iterations or time.monotonic() >= deadline:
                 size = len(ids)
             for task_id, meta in look_until_not_ready(self.bucket, self.get_task_meta, ids, size):
@@ -698,7 +705,7 @@ class S3WaitingBackend(S3KeyValueBackend):
                 raise self.TimeoutError(f'The operation timed out ({timeout})')
             time.sleep(max(0, min(pause, deadline - time.monotonic())))
             if on_interval is not None:
-                # In a get(), this raises the error of a task that the awaited one comes after.
+                # For get(), this raises the error of a failed parent.
                 on_interval()
             rounds += 1
             if rounds == max_iterations:
@@ -707,13 +714,13 @@ class S3WaitingBackend(S3KeyValueBackend):
     def iter_native(
         self, result, timeout=None, interval=0.5, no_ack=True, on_message=None, on_interval=None
     ):
-        """Celery calls this in join_native(), for a set of results; it must yield the id and the
-        meta of each task, and the id and the results of each group in the set: their get() is then
-        called one by one, without a time-out. Its own lets these results know their metas before,
-        so that the time-out holds for all, and nobody is asked twice."""
+        """Celery calls this for a group's get(); it must yield the id and the meta of each task,
+        and the id and the results of each group in the group, on which Celery then calls get(),
+        one by one, without a time-out. This one waits for those first, and gives them their metas:
+        so the time-out holds for all, and nobody is asked twice."""
         ids = {each.id for each in result.results}
         if len(ids) < len(result.results):
-            # join_native() keeps one place for each id, and would leave None in the others.
+            # Celery keeps one place for each id, and leaves None for the repeats.
             raise ValueError('an id stands twice in this set: use join() in place of get()')
         tasks = {task.id: task for task in list_tasks(result.results)}
         # A result keeps the meta of a task that it has once seen to be ready.
@@ -737,17 +744,17 @@ OPEN, WAITING, SENDING = 'open', 'waiting', 'sending'
 
 
 class Note(NamedTuple):
-    """Says whose turn it is to go on with a chord: an object with a line of JSON.
+    """Says whose turn it is to go on with a chord: an object with a line of JSON. MINE is the part
+    that has written it, OTHER one that MINE has found not ready.
 
-    phase    by                     turn   the chord goes on
-    open     nobody                 LAST   when LAST has ended, the last task of the header: mostly
-                                           they end in order, and the others then cost one GET each
-    waiting  MINE, which has ended  OTHER  when OTHER has ended, which MINE has found not ready; or
-                                           when MINE is delivered again, because its worker died
-    sending  MINE, which has ended  -      now: MINE has found all ready, and sends the body
+    phase    by                     turn   the chord goes on open     nobody                 LAST
+    when LAST has ended, the last task of the header. Tasks mostly end in order: the others then
+    cost one GET each waiting  MINE, which has ended  OTHER  when OTHER has ended; or when MINE is
+    delivered again, as its worker has died sending  MINE, which has ended  -      now: MINE has
+    found all parts ready, and sends the body
 
     `body` is the id of the body's result, `record` the id of the chord's record. The nonce makes
-    each note unlike all others, so that its etag is the number of a version."""
+    each note unlike all others. So an etag stands for one version of the note, and no other."""
 
     phase: str
     by: str | None
@@ -758,24 +765,26 @@ class Note(NamedTuple):
 
     @classmethod
     def decode(cls, value: bytes) -> 'Note':
-        """Unknown fields are ignored. A note of an older edition of this file is nobody's turn."""
+        """Unknown fields are ignored. In a note of an older edition, it is nobody's turn: its
+        chord stays as it is. So all chords have to end before this file is replaced."""
         known = json.loads(value)
         return cls(*[known.get(name) for name in cls._fields])
 
     def encode(self) -> bytes:
-        """For the bucket."""
+        """The line of JSON."""
         return json.dumps(self._asdict()).encode()
 
 
 def claim(parts: Iterable[str], look: Callable, swap: Callable) -> dict | None:
-    """Decide whether the part that calls this, MINE, ends the chord. MINE has ended, and has read
-    that it is its turn. Returns the metas of all parts if so, and None if another part goes on.
+    """Decide whether MINE, the part that calls this, ends the chord. MINE has ended, and has read
+    in the note that it may go on. Returns the metas of all parts if MINE ends the chord, and None
+    if another part will.
 
-    look(ids) yields the ids and metas of the first of these parts, until some are not ready.
+    look(ids) yields the id and the meta of these parts in order, until some are not ready.
     swap(phase, turn) writes the note, unless others have written it since MINE has read or written
     it last, and tells whether it did.
 
-    No chord is left alone. If MINE finds OTHER not ready, it swaps the note to OTHER's turn, and
+    Somebody always goes on. If MINE finds OTHER not ready, it swaps the note to OTHER's turn, and
     then looks at OTHER once more. OTHER stores its result, and then reads the note. So each writes
     before it reads, and in S3 a read sees all writes that ended before it began: MINE sees OTHER's
     result, or OTHER sees that it is its turn. If both do, both go on, until both swap the same
@@ -783,20 +792,19 @@ def claim(parts: Iterable[str], look: Callable, swap: Callable) -> dict | None:
     metas: dict[str, dict] = {}
     rest = list(dict.fromkeys(parts))
     while True:
-        # In a fixed order, each part that goes on would first look at the same ready ones.
+        # Otherwise each part that goes on would begin with the same ready ones.
         random.shuffle(rest)
         looked = dict(look(rest))
         metas.update(looked)
-        not_ready = [part for part in looked if not is_ready(looked[part])]
-        if not not_ready:
+        other = next((part for part in looked if not is_ready(looked[part])), None)
+        if other is None:
             return metas if swap(SENDING, None) else None
-        other = not_ready[0]
         if not swap(WAITING, other):
             return None
         metas.update(look([other]))
         if not is_ready(metas[other]):
             return None
-        # OTHER may have read the note before it was its turn, and have left: MINE goes on.
+        # OTHER may have read the note before it said its turn, and left. So MINE goes on.
         rest = [part for part in rest if part not in metas or not is_ready(metas[part])]
 
 
@@ -851,64 +859,64 @@ class S3ChordBackend(S3KeyValueBackend):
     Four bad days:
     - A worker dies in 'waiting'. If part 2 ran there, it is delivered again, and has its turn. If
       it was part 3, it is delivered again, finds itself in `by`, and looks again: see _go_on().
-    - The worker of part 2 dies in 'sending'. The second delivery of part 2 finds out whether the
-      body was sent; it does what is left, or sends it. See _is_sent() and _finish().
-    - A chord is started twice, because the task that starts it is delivered twice, or because the
-      answer to the note's first write is lost. See apply_chord().
+    - The worker of part 2 dies in 'sending'. Part 2 is delivered again, and finds out whether the
+      body was sent. If so, it does what is left, else it sends it: _is_sent() and _finish().
+    - The chord is started twice. Where a task's message holds the chord that comes after it, with
+      all its ids, and is delivered twice, that happens: see apply_chord().
     - S3 fails in on_chord_part_return() for longer than all attempts take. Celery logs the error,
-      and the chord stands still where the note says, unless the part is delivered again."""
+      and the chord stays where the note says, unless the broker delivers the part again."""
 
-    # The id of a process in which the store was seen to honour conditions.
-    _trusted_in = 0
+    # Whether the store was seen to honour conditions.
+    _is_trusted = False
 
     def apply_chord(self, header_result_args, body, **kwargs):
         """Celery calls this before it publishes a header, with what its GroupResult is made of and
-        with the very body that each part receives as request.chord; nothing is returned. Its own
+        with the very body that each part receives as request.chord; it returns nothing. This one
         writes the record and the note."""
         if not self.bucket.settings.conditional_writes:
             super().apply_chord(header_result_args, body, **kwargs)
             return
         header = self.app.GroupResult(*header_result_args)
         last = str(list_tasks(header.results)[-1].id)
-        # A user may save the header under its id alone.
+        # Not the header's id alone, under which a user may save the header.
         chord_id = f'{header.id}.{last}'
         body.options[CHORD_ID] = chord_id
-        # Each start writes a record of its own, and before its note. So there is no note without
-        # its record before the chord has ended.
+        # Each start has a record of its own, and writes it before its note. So a note without its
+        # record is one whose chord has ended.
         record = f'{chord_id}.{uuid()}'
         self.save_group(record, header)
-        self._require_conditions(record)
+        self._require_conditions(self.get_key_for_group(record))
         note = Note(OPEN, None, last, str(find_last(body).id), record, uuid())
         _, stored = self.bucket.put_if(self.get_key_for_chord(chord_id), note.encode(), None)
         logger.debug('chord %s: begun, %s goes on', chord_id, last)
-        # The note is another start's, or it is gone, as that one's chord has ended. (If it names
-        # this record, it is this one or, where the answer was lost, what a part has made of it.)
+        # Another start has won, or its chord is over: then this record is of no use. (A note that
+        # names this record may be unlike the one above: if the answer to the write was lost, parts
+        # that the other start has published may have gone on with it.)
         if stored is None or Note.decode(stored.value).record != record:
             self.delete_group(record)
 
-    def _require_conditions(self, record: str) -> None:
-        """Refuse a store that ignores conditions: there, two parts could send the body each."""
-        if self._trusted_in == os.getpid():
-            return
-        if self.bucket.ignores_conditions(self.get_key_for_group(record)):
-            self.delete_group(record)
+    def _require_conditions(self, key: str) -> None:
+        """Refuse a store that ignores conditions, and so would let two parts send the body each.
+        To find out costs a PUT to this object, before the first chord."""
+        if not self._is_trusted and self.bucket.ignores_conditions(key):
+            self.delete(key)
             problem = 'this store ignores If-Match, so that a chord could run its body twice'
             remedy = 'set conditional_writes to False, for clients and workers alike'
             raise ImproperlyConfigured(f'{problem}: {remedy}')
-        self._trusted_in = os.getpid()
+        self._is_trusted = True
 
     def store_result(self, task_id, result, state, traceback=None, request=None, **kwargs):
-        """Celery calls this for each state of a task; it must return the encoded result. Its own
-        notes on the request which state was stored, for on_chord_part_return()."""
+        """Celery calls this for each state of a task; it must return the encoded result. This one
+        keeps on the request which state was stored, for on_chord_part_return()."""
         encoded = super().store_result(task_id, result, state, traceback, request, **kwargs)
         if getattr(request, 'id', None) == task_id:
             request._celery_s3_state = state
         return encoded
 
     def on_chord_part_return(self, request, state, result, **kwargs):
-        """Celery calls this when a task has ended that may be part of a chord, with its result; by
-        then it has stored that, unless results are to be ignored. Nothing is returned. Its own
-        stores the result in any case, as the body needs it, and goes on with the chord."""
+        """Celery calls this when a task has ended that may be part of a chord; the result is
+        stored by then, unless the task ignores it. It returns nothing. This one stores the result
+        in any case, as the body needs it, and goes on with the chord."""
         # An odd message may have no id, or anything as its chord.
         if not isinstance(request.chord, dict) or not request.id:
             return
@@ -920,22 +928,24 @@ class S3ChordBackend(S3KeyValueBackend):
             self._go_on(str(request.id), options[CHORD_ID], request.chord)
 
     def _go_on(self, part: str, chord_id: str, message: dict) -> None:
-        """Read the note, now that this part has ended, and do what it says. The message is that of
-        the body."""
+        """Read the note, now that this part has ended, and do what it says. The message holds the
+        body."""
         key = self.get_key_for_chord(chord_id)
         stored = self.bucket.get(key)
         if stored is None:
-            # The chord has ended, and the part was delivered again.
+            # The chord is over, and this part was delivered again.
             return
         note, etag = Note.decode(stored.value), stored.etag
         if part not in (note.by, note.turn):
             logger.debug('chord %s: %s leaves it to %s', chord_id, part, note.turn or note.by)
             return
+        # A copy without our option, which is not to be sent.
         body = canvas.maybe_signature(message, app=self.app).clone()
         del body.options[CHORD_ID]
         record = self.get(self.get_key_for_group(note.record))
-        # 'sending': an earlier delivery of this part has begun to send the body. No record: the
-        # chord has ended, and a start whose answer was lost has written its note once more.
+        # In 'sending', an earlier delivery of this part had begun to send the body. In another
+        # phase and without a record, the chord is over, and a start has written its note after
+        # that, as the answer to its first attempt was lost.
         if note.phase == SENDING or record is None:
             is_sent = self._is_sent(note)
             if not is_sent:
@@ -945,6 +955,7 @@ class S3ChordBackend(S3KeyValueBackend):
             if is_sent:
                 self._finish(chord_id, note, body)
                 return
+            # That delivery's worker has died. This one goes on as if it was the first.
 
         def look(ids: list) -> Iterator[tuple]:
             return look_until_not_ready(self.bucket, self._look_at_task, ids, 1)
@@ -961,7 +972,7 @@ class S3ChordBackend(S3KeyValueBackend):
         try:
             results = self._decode_record(note.record, record)
         except ChordError as error:
-            # There are no parts to look at.
+            # No part can be looked at. The body fails.
             if swap(SENDING, None):
                 self._fail_body(chord_id, body, error)
                 self._delete(chord_id, note)
@@ -976,8 +987,8 @@ class S3ChordBackend(S3KeyValueBackend):
         self._delete(chord_id, note)
 
     def _is_sent(self, note: Note) -> bool:
-        """Whether it shows that the body was sent or has failed: the record is deleted after that,
-        and the body may have stored a state since."""
+        """Whether the body is known to be sent or failed: the record is deleted after that; and
+        the body may have a state since, unless it is a group, which stores none under its id."""
         if note.phase == SENDING and self.get(self.get_key_for_group(note.record)) is None:
             return True
         return self.get(self.get_key_for_task(note.body)) is not None
@@ -986,7 +997,7 @@ class S3ChordBackend(S3KeyValueBackend):
         """Do what comes after the body was sent or has failed. It does no harm to do it twice."""
         meta = self._look_at_task(note.body)
         if meta['status'] in states.PROPAGATE_STATES:
-            # The worker may have died before it told the chord that this body is a part of.
+            # Its worker may have died before the chord was told that this body is a part of.
             self._fail_ends([body], meta['result'])
         self._delete(chord_id, note)
 
@@ -996,11 +1007,11 @@ class S3ChordBackend(S3KeyValueBackend):
             self.delete_group(note.record)
             self.delete(self.get_key_for_chord(chord_id))
         except Exception:
-            # Celery would take this error for one of the part, which has ended well.
+            # All is done but for two objects that stay, so nobody need be troubled.
             logger.exception('chord %s: has ended, but is not deleted', chord_id)
 
     def _decode_record(self, record: str, value: bytes | None) -> list:
-        """The results of the header. Raises ChordError, in Celery's words."""
+        """The results of the header. Raises ChordError, with Celery's messages."""
         if value is None:
             raise ChordError(f'GroupResult {record} no longer exists')
         try:
@@ -1009,7 +1020,8 @@ class S3ChordBackend(S3KeyValueBackend):
             raise ChordError(f'Cannot restore group: {error!r}') from error
 
     def _look_at_task(self, task_id: str) -> dict:
-        """The meta of a task. A result that cannot be decoded counts as the task's failure."""
+        """The meta of a task. Unlike in get_task_meta(), a result that cannot be decoded is a
+        failure of the task, and nothing is taken from a cache."""
         value = self.get(self.get_key_for_task(task_id))
         if not value:
             return {'status': states.PENDING, 'result': None}
@@ -1021,62 +1033,65 @@ class S3ChordBackend(S3KeyValueBackend):
     def _send_body(self, body: canvas.Signature, results: list, metas: dict) -> None:
         """Publish the body with the values of these results. Raises ChordError if a part has
         failed, or if the broker is away for longer than SENDING_LIMIT."""
-        for part in [str(task.id) for task in list_tasks(results)]:
-            if metas[part]['status'] in states.PROPAGATE_STATES:
-                # It may be any BaseException, such as CancelledError, which must not be raised
-                # here.
-                error = metas[part]['result']
+        for task in list_tasks(results):
+            meta = metas[str(task.id)]
+            if meta['status'] in states.PROPAGATE_STATES:
+                error = meta['result']
+                # As in Celery: no cause that is not an Exception, such as CancelledError.
                 cause = error if isinstance(error, Exception) else None
-                raise ChordError(f'Dependency {part} raised {safe_repr(error)}') from cause
+                raise ChordError(f'Dependency {task.id} raised {safe_repr(error)}') from cause
         values = nest_values(results, metas)
         try:
-            # retry=True is for a connection that breaks: Celery goes on where it has stopped,
-            # within a group, too. retry_over_time() is for a connection that cannot be made at
-            # first.
+            # With retry=True, Celery goes on where it was if a connection breaks, within a group
+            # as well. Beyond that, retry_over_time() is for a connection that cannot be made.
             retry_over_time(
                 body.apply_async, OperationalError, [[values]], {'retry': True}, **RETRIES
             )
         except Exception as error:
             raise ChordError(f'Callback error: {safe_repr(error)}') from error
 
-    # What follows a failure: a body that fails is stored as failed, with all tasks that give its
-    # result (it may be a group or a chain), and so are the tasks that are chained after a task
-    # that fails. Each keeps its own error if it has one; and each tells the chord that it is a
-    # part of, if there is one, so that its body fails in turn. This ends, as each step leads to a
-    # chord further out. Where a task stores nothing, nothing is stored or asked but for parts of
-    # chords.
+    # What follows a failure. A task fails: the tasks that are chained after it cannot run, so they
+    # are stored as failed. A part fails: the body cannot run, so it is stored as failed, and if it
+    # is a group or a chain, so are the tasks which give its result. A task that has an error of
+    # its own keeps it. If a task that has been failed like this is a part of a chord, that chord
+    # is told so, and goes on as if the task had run; its body then fails in the same way. This
+    # comes to an end, as each step leads to a chord further out. For a task that stores no
+    # results, only those chained after it that are parts of chords are stored.
 
     def _fail_body(self, chord_id: str, body: canvas.Signature, error: Exception) -> None:
-        """To be called within 'except': Celery stores the traceback of the error."""
+        """To be called in an 'except' block: Celery stores the traceback of the error, too."""
         # All but ChordError would be a mistake of this module.
         is_mistake = not isinstance(error, ChordError)
         logger.error('chord %s: its body fails: %s', chord_id, error, exc_info=is_mistake)
         self.chord_error_from_stack(body, error)
 
     def chord_error_from_stack(self, callback, exc=None):
-        """Celery calls this if a body cannot be sent, where chords poll; it stores the error for
-        the body, and calls the errbacks. Its own goes on as described above."""
+        """Celery calls this for chords that poll, and _fail_body() for ours; it calls the errbacks
+        of the body, and then stores the error under its id. This one then fails the tasks within
+        the body, and tells the chord that the body is a part of."""
         if not callback.id:
-            # A chain before Celery 5.6. Celery stores the error by this id.
+            # Before Celery 5.6, a body that is a chain has no id of its own.
             callback.options['task_id'] = find_last(callback).id
         super().chord_error_from_stack(callback, exc)
         self._fail_ends([callback], exc)
 
     def _fail_chain(self, chain, exc, traceback=None, store_result=True, state=states.FAILURE):
-        """Celery 5.7 calls this when a task has failed, for those that are chained after it;
-        nothing is returned. Its own includes tasks within groups."""
+        """Celery calls this when a task has failed, for those that are chained after it, from 5.7
+        on; it returns nothing. This one includes those in groups. (Celery before 5.7 does the same
+        elsewhere, but not for those in groups, so that these stay pending.)"""
         # An odd message may have anything as its chain.
         if isinstance(chain, list):
             self._fail_ends(chain, exc, traceback, store_result, state)
 
     def _fail_ends(self, signatures, error, traceback=None, stores=True, state=states.FAILURE):
-        """Fail the tasks that give the results of these signatures."""
+        """Fail the tasks which give the results of these signatures."""
         for task in [end for signature in signatures for end in find_ends(signature)]:
+            # Celery does the same for a task that never ran, and so has no request.
             request = Context({**task, **task.options}, id=task.id)
             if stores and task.id:
                 if not is_ready(self._look_at_task(task.id)):
                     self.store_result(task.id, error, state, traceback, request=request)
-                # Lets on_chord_part_return() store nothing over an error that was there.
+                # So on_chord_part_return() does not store it over an error that was there.
                 request._celery_s3_state = state
             self.on_chord_part_return(request, state, error)
 
