@@ -321,8 +321,7 @@ def read_refusal(answer: awsrequest.AWSResponse, status: int) -> dict:
     """What ClientError is made of. Only code and message are taken from the answer, as S3 may
     repeat the request's headers in it, and so the session token."""
     given = {'status_code': status, 'headers': answer.headers, 'body': answer.content}
-    # With no particular shape (None), it takes any answer, such as a proxy's HTML, and finds no
-    # code.
+    # With no particular shape (None), it takes any answer, also a proxy's HTML without a code.
     parsed = parsers.create_parser('rest-xml').parse(given, None)
     error = parsed.get('Error', {})
     texts = {'Code': error.get('Code') or str(status), 'Message': error.get('Message') or ''}
@@ -747,11 +746,12 @@ class Note(NamedTuple):
     """Says whose turn it is to go on with a chord: an object with a line of JSON. MINE is the part
     that has written it, OTHER one that MINE has found not ready.
 
-    phase    by                     turn   the chord goes on open     nobody                 LAST
-    when LAST has ended, the last task of the header. Tasks mostly end in order: the others then
-    cost one GET each waiting  MINE, which has ended  OTHER  when OTHER has ended; or when MINE is
-    delivered again, as its worker has died sending  MINE, which has ended  -      now: MINE has
-    found all parts ready, and sends the body
+    phase    by                     turn   the chord goes on
+    open     nobody                 LAST   when LAST has ended, the last task of the header. Tasks
+                                           mostly end in order: the others then cost one GET each
+    waiting  MINE, which has ended  OTHER  when OTHER has ended; or when MINE is delivered again,
+                                           as its worker has died
+    sending  MINE, which has ended  -      now: MINE has found all parts ready, and sends the body
 
     `body` is the id of the body's result, `record` the id of the chord's record. The nonce makes
     each note unlike all others. So an etag stands for one version of the note, and no other."""
