@@ -974,7 +974,8 @@ class S3ChordBackend(S3KeyValueBackend):
         except ChordError as error:
             # No part can be looked at. The body fails.
             if swap(SENDING, None):
-                self._fail_body(chord_id, body, error)
+                logger.exception('chord %s: its body fails', chord_id)
+                self.chord_error_from_stack(body, error)
                 self._delete(chord_id, note)
             return
         metas = claim([str(task.id) for task in list_tasks(results)], look, swap)
@@ -982,8 +983,10 @@ class S3ChordBackend(S3KeyValueBackend):
             return
         try:
             self._send_body(body, results, metas)
-        except Exception as error:  # noqa: BLE001
-            self._fail_body(chord_id, body, error)
+        except Exception as error:
+            logger.exception('chord %s: its body fails', chord_id)
+            # In this 'except' block, as Celery stores the traceback of the error, too.
+            self.chord_error_from_stack(body, error)
         self._delete(chord_id, note)
 
     def _is_sent(self, note: Note) -> bool:
@@ -1058,17 +1061,10 @@ class S3ChordBackend(S3KeyValueBackend):
     # comes to an end, as each step leads to a chord further out. For a task that stores no
     # results, only those chained after it that are parts of chords are stored.
 
-    def _fail_body(self, chord_id: str, body: canvas.Signature, error: Exception) -> None:
-        """To be called in an 'except' block: Celery stores the traceback of the error, too."""
-        # All but ChordError would be a mistake of this module.
-        is_mistake = not isinstance(error, ChordError)
-        logger.error('chord %s: its body fails: %s', chord_id, error, exc_info=is_mistake)
-        self.chord_error_from_stack(body, error)
-
     def chord_error_from_stack(self, callback, exc=None):
-        """Celery calls this for chords that poll, and _fail_body() for ours; it calls the errbacks
-        of the body, and then stores the error under its id. This one then fails the tasks within
-        the body, and tells the chord that the body is a part of."""
+        """Celery calls this for chords that poll, and _go_on() for ours; it calls the errbacks of
+        the body, and then stores the error under its id. This one then fails the tasks within the
+        body, and tells the chord that the body is a part of."""
         if not callback.id:
             # Before Celery 5.6, a body that is a chain has no id of its own.
             callback.options['task_id'] = find_last(callback).id
