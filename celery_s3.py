@@ -16,8 +16,8 @@ again: set `task_acks_late`, and `task_reject_on_worker_lost` for the children o
 
 This module relies on some things that are not public or not documented:
 - Celery (seen in 5.4.0, 5.5.3, 5.6.3, 5.7.0): that the methods overridden here are called as their
-  docstrings say; `thread_safe`, `supports_...`, `save_group`, `delete_group`, `get_key_for_...`
-  and `_get_result_meta` of a backend; `_cache` and `_maybe_set_cache` of a result; that a request
+  docstrings say; `thread_safe`, `supports_...`, `delete_group`, `get_key_for_...` and
+  `_get_result_meta` of a backend; `_cache` and `_maybe_set_cache` of a result; that a request
   takes new attributes; that a chord's parts are sent after apply_chord(), with the same `body`.
 - kombu (seen in 5.3 to 5.7): `retry_over_time`, with which it connects to a broker.
 - botocore (seen in 1.34.41, 1.44.8): `URLLib3Session`, its `socket_options`, its errors' `kwargs`;
@@ -884,8 +884,10 @@ class S3ChordBackend(S3KeyValueBackend):
         # Each start has a record of its own, and writes it before its note. So a note without its
         # record is one whose chord has ended.
         record = f'{chord_id}.{uuid()}'
-        self.save_group(record, header)
-        self._require_conditions(self.get_key_for_group(record))
+        key = self.get_key_for_group(record)
+        value = ensure_bytes(self.encode({'result': header.as_tuple()}))
+        self.bucket.put_if(key, value, None)
+        self._require_conditions(key)
         note = Note(OPEN, None, last, str(find_last(body).id), record, uuid())
         _, stored = self.bucket.put_if(self.get_key_for_chord(chord_id), note.encode(), None)
         logger.debug('chord %s: begun, %s goes on', chord_id, last)
