@@ -6,7 +6,7 @@
 `Bucket` speaks signed S3 over HTTP. `S3KeyValueBackend` is a whole backend on it, with Celery's
 own ways of storing results, waiting for them and running chords. Three subclasses improve one of
 these ways each, and know nothing of one another. `S3Backend` joins them: to leave one out, write a
-class that joins the other two. Only the last part, chords, takes some thought.
+class that joins the other two.
 
 There is no botocore client here: to make one takes more time and memory than all of this module,
 in each process of a worker, and it adds checksums to each PUT that some stores refuse.
@@ -54,8 +54,8 @@ from kombu.utils.functional import retry_over_time
 
 __version__ = '2.0.0'
 logger = logging.getLogger(__name__)
-# celery-s3 1.x is configured as 'celery_s3.backends.S3Backend'. Python finds that module where it
-# finds this one (if it does: a loader need not register what it loads).
+# celery-s3 1.x is configured as 'celery_s3.backends.S3Backend'. This makes that name lead here.
+# (A module that was loaded by hand may not be registered.)
 if __name__ in sys.modules:
     backends = sys.modules[f'{__name__}.backends'] = sys.modules[__name__]
 
@@ -83,8 +83,8 @@ TRANSIENT_ERRORS = (
 )
 # How often a request is sent at most, unless AWS_MAX_ATTEMPTS says it.
 ATTEMPTS = 5
-# Seconds that the first pause between attempts may last: after an answer or where no connection
-# can be made, as the store is busy or restarts; and after anything else. Each further pause may be
+# Seconds that the first pause between attempts may last: after an answer, or if no connection can
+# be made, as the store is busy or restarts; and after anything else. Each further pause may be
 # twice as long, up to LONGEST_PAUSE.
 FIRST_PAUSE_BUSY = 1.0
 FIRST_PAUSE = 0.2
@@ -108,8 +108,8 @@ SHORTEST_INTERVAL = 0.5
 LONGEST_INTERVAL = 30.0
 
 # Seconds. The last attempt to publish a chord's body begins within this limit; with brokers that
-# refuse or never answer, that attempt was seen to end 4.3 seconds later at most. So when the grace
-# is over, a worker that had begun to send a body has sent it, has failed it, or is dead.
+# refuse or never answer, that attempt was seen to end 4.3 seconds later at most. So after the
+# grace, a worker that had begun to send a body has sent it, has failed it, or is dead.
 SENDING_LIMIT = 20
 SENDING_GRACE = SENDING_LIMIT + 10
 # Arguments of kombu's retry_over_time(): an attempt each second, then the last error is raised.
@@ -128,7 +128,7 @@ KEY_SETTINGS = 'aws_access_key_id', 'aws_secret_access_key', 'aws_session_token'
 # https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2
 HEADER_NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # What a setting has to be: a pattern for its text, and the same in words. PRINTABLE is for all
-# that are not listed: other texts (numbers and True are printable in any case).
+# that are not listed.
 PRINTABLE = '([!-~]([ -~]*[!-~])?)?', 'printable ASCII, with no space at its ends'
 RULES = {
     'bucket': (f'{EXPRESS}|{ORDINARY}', 'a name or an alias, no URL and no ARN'),
@@ -144,7 +144,7 @@ RULES = {
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
     """What a user sets. Error trackers send the variables of functions that fail, by their reprs.
-    So this class has no repr, and no such function of this module has a secret in a variable."""
+    So this class has no repr, and no function here that may fail has a secret in a variable."""
 
     bucket: str = ''
     # A folder in the bucket.
@@ -168,16 +168,16 @@ class Settings:
 
     @classmethod
     def from_dict(cls, given: Mapping) -> 'Settings':
-        """The settings in a dict, where None and '' mean 'not set'. The dict holds keys, so this
-        must not fail: check() does."""
+        """The settings in a dict, where None and '' mean 'not set'. The dict holds secrets, so
+        this must not fail: check() does."""
         known = [setting.name for setting in fields(cls) if setting.name != 'unknown']
         unknown = tuple(name for name in given if name not in known)
         is_set = [name for name in known if given.get(name) not in (None, '')]
         return cls(unknown=unknown, **{name: given[name] for name in is_set})
 
     def complete(self, session: botocore.session.Session) -> 'Settings':
-        """These settings, with region and endpoint from where AWS tools find them (but endpoints
-        in profile files, which are not read)."""
+        """These settings, with region and endpoint from where AWS tools find them (except
+        endpoints in profile files)."""
         config = session.get_config_variable
         region = self.aws_region or config('region') or 'us-east-1'
         url = self.endpoint_url
@@ -224,7 +224,7 @@ def is_printable(text: object) -> bool:
 
 
 def is_header(name: object, value: object) -> bool:
-    """Whether HTTP can send a header of this name with this value."""
+    """Whether HTTP can send this header."""
     is_token = isinstance(name, str) and re.fullmatch(HEADER_NAME, name) is not None
     return is_token and is_printable(value)
 
@@ -257,9 +257,8 @@ def choose_pause(error: Exception, attempt: int) -> float:
     """Seconds to wait after this attempt (counted from 1). They are random, so that clients which
     have failed together do not come back together.
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/"""
-    first = FIRST_PAUSE
-    if isinstance(error, (ClientError, botocore.exceptions.ConnectionError)):
-        first = FIRST_PAUSE_BUSY
+    is_busy = isinstance(error, (ClientError, botocore.exceptions.ConnectionError))
+    first = FIRST_PAUSE_BUSY if is_busy else FIRST_PAUSE
     # Ten doublings exceed the longest pause. A thousand would overflow.
     return random.uniform(0, min(first * 2 ** min(attempt - 1, 10), LONGEST_PAUSE))
 
@@ -277,15 +276,14 @@ def open_session(settings: Settings) -> botocore.session.Session:
 
 
 def make_root(settings: Settings, session: botocore.session.Session) -> str:
-    """The URL to put before a key. (Compared with botocore's own in all regions, with and without
-    FIPS, dual stack and S3 Express.)"""
+    """The URL to put before a key."""
     bucket, region = settings.bucket, settings.aws_region
     if settings.endpoint_url:
         return f'{settings.endpoint_url.rstrip("/")}/{bucket}/'
     # Partitions of AWS, such as China, have suffixes of their own. The first is the public one.
     partitions = session.get_component('data_loader').load_data('partitions')['partitions']
-    matching = [each for each in partitions if re.match(each['regionRegex'], region)]
-    suffix = [*matching, partitions[0]][0]['outputs']['dnsSuffix']
+    matching = (each for each in partitions if re.match(each['regionRegex'], region))
+    suffix = next(matching, partitions[0])['outputs']['dnsSuffix']
     fips = '-fips' if session.get_config_variable('use_fips_endpoint') else ''
     dual_stack = '.dualstack' if session.get_config_variable('use_dualstack_endpoint') else ''
     express = re.fullmatch(EXPRESS, bucket)
@@ -362,10 +360,9 @@ class Bucket:
             # Nagle's algorithm would hold back the end of each PUT for 40 ms.
             socket_options=[(IPPROTO_TCP, TCP_NODELAY, 1)],
         )
-        # Two threads must not look up credentials in one session at once. (Those that were found
-        # have a lock of their own, for being renewed.)
+        # Two threads must not look up credentials in one session at once. (Once found, they lock
+        # their own renewal.)
         self._lock = threading.Lock()
-        # No thread is started before there is work for it.
         self._threads = ThreadPoolExecutor(self.settings.max_connections)
 
     def get(self, key: str) -> Stored | None:
@@ -381,7 +378,7 @@ class Bucket:
         """Write the object if it has this etag or, where the etag is None, if there is no object.
 
         It costs a PUT, a second one until it is known in which form the store takes etags, and a
-        GET if it was refused. Who writes the same value as another writer may win with him.
+        GET if it was refused. Two who write the same value may both win.
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
         header, forms = 'If-Match', self._etag_forms
         if etag is None:
@@ -407,18 +404,17 @@ class Bucket:
         self._send('DELETE', key, {'NoSuchKey'})
 
     def ignores_conditions(self, key: str) -> bool:
-        """Whether the store overwrites an object though If-Match is not met: this one, which must
-        exist, with nothing."""
+        """Whether the store ignores an If-Match that is not met. If so, this object is emptied."""
         impossible = {'If-Match': '"00000000000000000000000000000000"'}
         return self._send('PUT', key, UNMET, data=b'', headers=impossible) is not None
 
     def map_parallel(self, function: Callable, items: list) -> Iterator[tuple]:
         """Yield (item, function(item)) in order. Many run at once, in threads that all callers
-        share. An error is raised in its turn; then no more are begun, and none is waited for. The
+        share. An error is raised in its turn; then the rest is left alone, and not waited for. The
         function should only read: if no more threads can be started, some items get it twice."""
         values: Iterable = map(function, items)
         if len(items) > 1:
-            # This error comes if no thread can be started. Then they run one after the other.
+            # If no thread can be started: one after the other.
             with suppress(RuntimeError):
                 values = self._threads.map(function, items)
         yield from zip(items, values)
@@ -426,7 +422,7 @@ class Bucket:
     def _send(self, method: str, key: str, refusals: set, **content: Any) -> Stored | None:
         """Send a request until the answer is final: what it says is stored, or None if its code is
         among the refusals. The content is `data` and `headers`, as of AWSRequest."""
-        # S3 signs the path as it is written here. UTF-8 has no bytes for half of a surrogate pair,
+        # The path is signed as it is quoted here. UTF-8 has no bytes for half of a surrogate pair,
         # which an id may contain.
         path = quote(self._prefix + key, safe='/-._~', errors='backslashreplace')
         attempt = 1
@@ -485,7 +481,7 @@ class Bucket:
         try:
             frozen = credentials.get_frozen_credentials()
         except RuntimeError as error:
-            # botocore raises this if the new credentials of a role have expired, too.
+            # botocore raises this if a role's new credentials have expired already.
             problem = {'provider': credentials.method, 'error_msg': str(error)}
             raise botocore.exceptions.CredentialRetrievalError(**problem) from None
         if not all(is_printable(text or '') for text in frozen):
@@ -503,7 +499,7 @@ class S3KeyValueBackend(KeyValueStoreBackend):
     """A whole backend. Celery's own ways of storing, waiting and running chords are made of get(),
     set(), delete() and mget(), which it calls with keys such as 'celery-task-meta-ID'."""
 
-    # Results may be compressed, as get() returns the very bytes that set() was given.
+    # Celery may compress what it encodes, as get() returns the very bytes that set() was given.
     supports_result_compression = True
     # Celery beat need not schedule a daily clean-up: a lifecycle rule of the bucket does that.
     supports_autoexpire = True
@@ -515,7 +511,8 @@ class S3KeyValueBackend(KeyValueStoreBackend):
         super().__init__(app, *args, **kwargs)
         # Otherwise Celery makes a backend for each thread. (super().__init__() sets it to False.)
         self.thread_safe = True
-        # `key` is how Celery's configuration has it, `name` how the user has written it.
+        # `key` is how Celery's configuration has it, `name` how the user has written it. The name
+        # in capitals is that of old-style settings, and of 1.x.
         name = key = 's3_backend_settings'
         if 'CELERY_S3_BACKEND_SETTINGS' in app.conf:
             name = key = 'CELERY_S3_BACKEND_SETTINGS'
@@ -634,8 +631,8 @@ class S3StoringBackend(S3KeyValueBackend):
                 # If a task is revoked, each worker stores that. One is enough.
                 if found == states.SUCCESS or found == state == states.REVOKED:
                     return result
-            # A state that is not final and has lost twice may be dropped, as if others had written
-            # over it at once: many tasks may report progress as the state of the same parent.
+            # A state that is not final may be dropped when it has lost twice, as others could have
+            # written over it at once: many tasks may report progress as the state of one parent.
             if attempt > 0 and state not in states.READY_STATES:
                 return result
         problem = 'others store states of this task all the time, or s3:GetObject is not allowed'
@@ -668,10 +665,9 @@ class S3WaitingBackend(S3KeyValueBackend):
         READY_STATES=states.READY_STATES,
     ):
         """Celery calls this for sets of results; it must yield the id and the meta of each task as
-        soon as that is ready, or raise TimeoutError after so many seconds. In each round, this one
-        looks at two tasks per second of the pause that follows, and at more while all are ready.
-        So to wait for a large group costs hardly more than for a small one."""
-        # A dict keeps the order, a set does not.
+        soon as that is ready, or raise TimeoutError after so many seconds. Each round of this one
+        looks at two tasks per second of the next pause, and at more while all are ready. So to
+        wait for a large group costs hardly more than for a small one."""
         waiting = dict.fromkeys(bytes_to_str(task_id) for task_id in task_ids)
         last_ready = time.monotonic()
         deadline = float('inf') if timeout is None else last_ready + timeout
@@ -714,9 +710,9 @@ class S3WaitingBackend(S3KeyValueBackend):
         self, result, timeout=None, interval=0.5, no_ack=True, on_message=None, on_interval=None
     ):
         """Celery calls this for a group's get(); it must yield the id and the meta of each task,
-        and the id and the results of each group in the group, on which Celery then calls get(),
-        one by one, without a time-out. This one waits for those first, and gives them their metas:
-        so the time-out holds for all, and nobody is asked twice."""
+        and the id and the results of each group in it. On those Celery then calls get(), one by
+        one, without a time-out. So this one first waits for their tasks, and gives them their
+        metas: the time-out holds for all, and nobody is asked twice."""
         ids = {each.id for each in result.results}
         if len(ids) < len(result.results):
             # Celery keeps one place for each id, and leaves None for the repeats.
@@ -765,13 +761,13 @@ class Note(NamedTuple):
 
     @classmethod
     def decode(cls, value: bytes) -> 'Note':
-        """Unknown fields are ignored. In a note of an older edition, it is nobody's turn: its
-        chord stays as it is. So all chords have to end before this file is replaced."""
+        """Unknown fields are ignored. A note of an older edition is nobody's turn, so its chord
+        never goes on: let all chords end before this file is replaced."""
         known = json.loads(value)
         return cls(*[known.get(name) for name in cls._fields])
 
     def encode(self) -> bytes:
-        """The line of JSON."""
+        """A line of JSON."""
         return json.dumps(self._asdict()).encode()
 
 
@@ -861,10 +857,14 @@ class S3ChordBackend(S3KeyValueBackend):
       it was part 3, it is delivered again, finds itself in `by`, and looks again: see _go_on().
     - The worker of part 2 dies in 'sending'. Part 2 is delivered again, and finds out whether the
       body was sent. If so, it does what is left, else it sends it: _is_sent() and _finish().
-    - The chord is started twice. Where a task's message holds the chord that comes after it, with
-      all its ids, and is delivered twice, that happens: see apply_chord().
+    - The chord is started twice. A task's message may hold the chord that follows, with all its
+      ids: if the message is delivered twice, so may be the chord's start. See apply_chord().
     - S3 fails in on_chord_part_return() for longer than all attempts take. Celery logs the error,
-      and the chord stays where the note says, unless the broker delivers the part again."""
+      and the chord stays where the note says, unless the broker delivers the part again.
+
+    The body is sent once, unless its worker dies after that (or takes longer than SENDING_GRACE),
+    and the body has no state when its part is delivered again; or the broker goes away in the
+    middle of a body that is a group; or the chord is started again after it has ended."""
 
     # Whether the store was seen to honour conditions.
     _is_trusted = False
@@ -878,11 +878,11 @@ class S3ChordBackend(S3KeyValueBackend):
             return
         header = self.app.GroupResult(*header_result_args)
         last = str(list_tasks(header.results)[-1].id)
-        # Not the header's id alone, under which a user may save the header.
+        # Several chords may have the same header's id, if a signature is used twice.
         chord_id = f'{header.id}.{last}'
         body.options[CHORD_ID] = chord_id
-        # Each start has a record of its own, and writes it before its note. So a note without its
-        # record is one whose chord has ended.
+        # Each start has a record of its own, and writes it before its note. So if a note has no
+        # record, its chord is over. (On a condition, as the policies of some buckets demand it.)
         record = f'{chord_id}.{uuid()}'
         key = self.get_key_for_group(record)
         value = ensure_bytes(self.encode({'result': header.as_tuple()}))
@@ -891,15 +891,14 @@ class S3ChordBackend(S3KeyValueBackend):
         note = Note(OPEN, None, last, str(find_last(body).id), record, uuid())
         _, stored = self.bucket.put_if(self.get_key_for_chord(chord_id), note.encode(), None)
         logger.debug('chord %s: begun, %s goes on', chord_id, last)
-        # Another start has won, or its chord is over: then this record is of no use. (A note that
-        # names this record may be unlike the one above: if the answer to the write was lost, parts
-        # that the other start has published may have gone on with it.)
+        # If another start has won, this record is of no use. (Compare records, not notes: if the
+        # answer to this write was lost, parts that the other start has sent may have gone on.)
         if stored is None or Note.decode(stored.value).record != record:
             self.delete_group(record)
 
     def _require_conditions(self, key: str) -> None:
         """Refuse a store that ignores conditions, and so would let two parts send the body each.
-        To find out costs a PUT to this object, before the first chord."""
+        This costs a PUT to this object before the first chord."""
         if not self._is_trusted and self.bucket.ignores_conditions(key):
             self.delete(key)
             problem = 'this store ignores If-Match, so that a chord could run its body twice'
@@ -935,7 +934,7 @@ class S3ChordBackend(S3KeyValueBackend):
         key = self.get_key_for_chord(chord_id)
         stored = self.bucket.get(key)
         if stored is None:
-            # The chord is over, and this part was delivered again.
+            # The chord is over.
             return
         note, etag = Note.decode(stored.value), stored.etag
         if part not in (note.by, note.turn):
@@ -945,19 +944,18 @@ class S3ChordBackend(S3KeyValueBackend):
         body = canvas.maybe_signature(message, app=self.app).clone()
         del body.options[CHORD_ID]
         record = self.get(self.get_key_for_group(note.record))
-        # In 'sending', an earlier delivery of this part had begun to send the body. In another
-        # phase and without a record, the chord is over, and a start has written its note after
-        # that, as the answer to its first attempt was lost.
+        # In 'sending', an earlier delivery of this part has begun to send the body. Without a
+        # record, the chord is over: another delivery was faster, or a start whose answer was lost
+        # has written its note once more. Or a lifecycle rule has deleted the record.
         if note.phase == SENDING or record is None:
-            is_sent = self._is_sent(note)
-            if not is_sent:
+            if not self._is_sent(note):
                 logger.info('chord %s: %s waits %d s', chord_id, part, SENDING_GRACE)
                 time.sleep(SENDING_GRACE)
-                is_sent = self._is_sent(note)
-            if is_sent:
+            if self._is_sent(note):
                 self._finish(chord_id, note, body)
                 return
-            # That delivery's worker has died. This one goes on as if it was the first.
+            # The worker of the earlier delivery has died, and this one sends the body; or the
+            # record is lost, and the body fails, if the note is still there.
 
         def look(ids: list) -> Iterator[tuple]:
             return look_until_not_ready(self.bucket, self._look_at_task, ids, 1)
@@ -967,7 +965,7 @@ class S3ChordBackend(S3KeyValueBackend):
             changed = note._replace(phase=phase, by=part, turn=turn, nonce=uuid())
             won, now = self.bucket.put_if(key, changed.encode(), etag)
             logger.debug('chord %s: %s writes %s, %s: %s', chord_id, part, phase, turn, won)
-            if won and now is not None:
+            if now is not None:
                 etag = now.etag
             return won
 
@@ -992,8 +990,8 @@ class S3ChordBackend(S3KeyValueBackend):
         self._delete(chord_id, note)
 
     def _is_sent(self, note: Note) -> bool:
-        """Whether the body is known to be sent or failed: the record is deleted after that; and
-        the body may have a state since, unless it is a group, which stores none under its id."""
+        """Whether the body is known to be sent or failed. After that, the record is deleted; and
+        the body may have a state, unless it is a group, which stores none under its id."""
         if note.phase == SENDING and self.get(self.get_key_for_group(note.record)) is None:
             return True
         return self.get(self.get_key_for_task(note.body)) is not None
@@ -1002,7 +1000,7 @@ class S3ChordBackend(S3KeyValueBackend):
         """Do what comes after the body was sent or has failed. It does no harm to do it twice."""
         meta = self._look_at_task(note.body)
         if meta['status'] in states.PROPAGATE_STATES:
-            # Its worker may have died before the chord was told that this body is a part of.
+            # The worker may have died before it told the outer chord, if this body is part of one.
             self._fail_ends([body], meta['result'])
         self._delete(chord_id, note)
 
@@ -1037,7 +1035,7 @@ class S3ChordBackend(S3KeyValueBackend):
 
     def _send_body(self, body: canvas.Signature, results: list, metas: dict) -> None:
         """Publish the body with the values of these results. Raises ChordError if a part has
-        failed, or if the broker is away for longer than SENDING_LIMIT."""
+        failed, or if the body cannot be sent."""
         for task in list_tasks(results):
             meta = metas[str(task.id)]
             if meta['status'] in states.PROPAGATE_STATES:
@@ -1047,8 +1045,8 @@ class S3ChordBackend(S3KeyValueBackend):
                 raise ChordError(f'Dependency {task.id} raised {safe_repr(error)}') from cause
         values = nest_values(results, metas)
         try:
-            # With retry=True, Celery goes on where it was if a connection breaks, within a group
-            # as well. Beyond that, retry_over_time() is for a connection that cannot be made.
+            # With retry=True, Celery itself connects again if a connection breaks, and goes on
+            # where it was. retry_over_time() is for longer than that, and for a first connection.
             retry_over_time(
                 body.apply_async, OperationalError, [[values]], {'retry': True}, **RETRIES
             )
@@ -1058,15 +1056,15 @@ class S3ChordBackend(S3KeyValueBackend):
     # What follows a failure. A task fails: the tasks that are chained after it cannot run, so they
     # are stored as failed. A part fails: the body cannot run, so it is stored as failed, and if it
     # is a group or a chain, so are the tasks which give its result. A task that has an error of
-    # its own keeps it. If a task that has been failed like this is a part of a chord, that chord
-    # is told so, and goes on as if the task had run; its body then fails in the same way. This
-    # comes to an end, as each step leads to a chord further out. For a task that stores no
-    # results, only those chained after it that are parts of chords are stored.
+    # its own keeps it. If a task that is failed like this is a part of a chord, that chord goes
+    # on as if the task had run, and its body fails in the same way. This comes to an end, as each
+    # step leads to a chord further out. If a task stores no results, only parts of chords are
+    # stored of those chained after it.
 
     def chord_error_from_stack(self, callback, exc=None):
         """Celery calls this for chords that poll, and _go_on() for ours; it calls the errbacks of
         the body, and then stores the error under its id. This one then fails the tasks within the
-        body, and tells the chord that the body is a part of."""
+        body, and tells the outer chord, of which the body may be a part."""
         if not callback.id:
             # Before Celery 5.6, a body that is a chain has no id of its own.
             callback.options['task_id'] = find_last(callback).id
