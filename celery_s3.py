@@ -93,9 +93,9 @@ LONGEST_PAUSE = 20.0
 # S3's codes for a condition that is not met. '412' is an answer without a body; NoSuchKey: there
 # is no object which could have the etag.
 UNMET = {'PreconditionFailed', '412', 'NoSuchKey'}
-# Two forms of an etag in If-Match, each with the codes that mean 'not met'. AWS takes both,
-# Cloudflare R2 only the first (the other is an InvalidArgument there), Ceph 16 only the second.
-ETAG_FORMS = {'"{}"': UNMET, '{}': UNMET | {'InvalidArgument'}}
+# Two forms of an etag in If-Match. AWS takes both, Cloudflare R2 only the first (the other is an
+# InvalidArgument there), Ceph 16 only the second.
+ETAG_FORMS = ['"{}"', '{}']
 # How often to try to write a state, each time over what others wrote meanwhile; and seconds that a
 # pause may last before the third time and each later one.
 STORE_ATTEMPTS = 20
@@ -351,7 +351,7 @@ class Bucket:
         self._service = 's3express' if is_express else 's3'
         self._attempts = config('max_attempts') or ATTEMPTS
         # Both forms, until one has been taken.
-        self._etag_forms = [*ETAG_FORMS]
+        self._etag_forms = ETAG_FORMS
         # Its time-outs are botocore's: 60 seconds to connect, and 60 for the next byte to come.
         self._http = httpsession.URLLib3Session(
             verify=config('ca_bundle') or os.getenv('REQUESTS_CA_BUNDLE') or True,
@@ -380,14 +380,15 @@ class Bucket:
         It costs a PUT, a second one until it is known in which form the store takes etags, and a
         GET if it was refused. Two who write the same value may both win.
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
-        header, forms = 'If-Match', self._etag_forms
+        unmet, header, forms = UNMET, 'If-Match', self._etag_forms
         if etag is None:
             header, forms = 'If-None-Match', ['*']
         for form in forms:
             headers = {**self.settings.headers, header: form.format(etag)}
-            unmet = ETAG_FORMS.get(form, UNMET)
             stored = self._send('PUT', key, unmet, data=value, headers=headers)
             if stored is None:
+                # What R2 says of the second form is a refusal; of the first one, it is an error.
+                unmet = {*UNMET, 'InvalidArgument'}
                 continue
             if not stored.etag:
                 problem = 'the store or a proxy sends no ETag: set conditional_writes to False'
@@ -441,19 +442,20 @@ class Bucket:
 
     def _read(self, method: str, key: str, answer: Any, refusals: set) -> Stored | None:
         """What the answer says is stored, or None if it is a refusal. Raises its error, if any."""
-        status, content, headers = answer.status_code, answer.content, answer.headers
+        # The content is in no variable, as S3 may repeat a session token in it.
+        status, headers = answer.status_code, answer.headers
         # urllib3 does not notice here that a connection broke before a body's end. A proxy may
         # repeat the length, as in '5, 5': https://www.rfc-editor.org/rfc/rfc9110#section-8.6
         length = headers.get('content-length', '').partition(',')[0]
-        if length.isdigit() and int(length) != len(content):
+        if length.isdigit() and int(length) != len(answer.content):
             url = f'{answer.url} (cut short)'
             raise botocore.exceptions.ConnectionClosedError(endpoint_url=url)
-        if method == 'PUT' and status == 200 and b'<Error' in content:
+        if method == 'PUT' and status == 200 and b'<Error' in answer.content:
             # S3 may fail after it has begun to answer that all is well.
             status = 500
         if status < 300:
             # Some proxies put W/ before an etag.
-            return Stored(content, headers.get('etag', '').removeprefix('W/').strip('"'))
+            return Stored(answer.content, headers.get('etag', '').removeprefix('W/').strip('"'))
         refusal = read_refusal(answer, status)
         if refusal['Error']['Code'] in refusals:
             return None
@@ -957,16 +959,19 @@ class S3ChordBackend(S3KeyValueBackend):
             # The worker of the earlier delivery has died, and this one sends the body; or the
             # record is lost, and the body fails, if the note is still there.
 
+        has_lost = False
+
         def look(ids: list) -> Iterator[tuple]:
             return look_until_not_ready(self.bucket, self._look_at_task, ids, 1)
 
         def swap(phase: str, turn: str | None) -> bool:
-            nonlocal etag
+            nonlocal etag, has_lost
             changed = note._replace(phase=phase, by=part, turn=turn, nonce=uuid())
             won, now = self.bucket.put_if(key, changed.encode(), etag)
             logger.debug('chord %s: %s writes %s, %s: %s', chord_id, part, phase, turn, won)
             if now is not None:
                 etag = now.etag
+            has_lost = not won
             return won
 
         try:
@@ -977,10 +982,19 @@ class S3ChordBackend(S3KeyValueBackend):
                 logger.exception('chord %s: its body fails', chord_id)
                 self.chord_error_from_stack(body, error)
                 self._delete(chord_id, note)
-            return
-        metas = claim([str(task.id) for task in list_tasks(results)], look, swap)
-        if metas is None:
-            return
+        else:
+            metas = claim([str(task.id) for task in list_tasks(results)], look, swap)
+            if metas is not None:
+                self._end(chord_id, note, body, results, metas)
+        if has_lost:
+            # The winner may be another delivery of this part, and may die. So this one reads the
+            # note again: it leaves only if it is the turn of others, or if the chord is over.
+            self._go_on(part, chord_id, message)
+
+    def _end(
+        self, chord_id: str, note: Note, body: canvas.Signature, results: list, metas: dict
+    ) -> None:
+        """Send the body or, if that cannot be, fail it."""
         try:
             self._send_body(body, results, metas)
         except Exception as error:
