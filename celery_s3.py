@@ -918,30 +918,32 @@ class S3ChordBackend(S3KeyValueBackend):
 
     def on_chord_part_return(self, request, state, result, **kwargs):
         """Celery calls this when a task has ended that may be part of a chord; the result is
-        stored by then, unless the task ignores it. It returns nothing. This one stores the result
-        in any case, as the body needs it, and goes on with the chord."""
+        stored by then, unless the task ignores it. What it returns is ignored. This one stores the
+        result in any case, as the body needs it, and goes on with the chord. _fail_ends() calls it
+        as well, and uses what it returns: see _go_on()."""
         # An odd message may have no id, or anything as its chord.
         if not isinstance(request.chord, dict) or not request.id:
-            return
+            return False
         if getattr(request, '_celery_s3_state', None) != state:
             self.store_result(request.id, result, state, request=request)
         options = request.chord.get('options')
-        # Without this option, the chord polls.
-        if isinstance(options, dict) and options.get(CHORD_ID):
-            self._go_on(str(request.id), options[CHORD_ID], request.chord)
+        if not isinstance(options, dict) or not options.get(CHORD_ID):
+            # This chord polls.
+            return False
+        return self._go_on(str(request.id), options[CHORD_ID], request.chord)
 
-    def _go_on(self, part: str, chord_id: str, message: dict) -> None:
+    def _go_on(self, part: str, chord_id: str, message: dict) -> bool:
         """Read the note, now that this part has ended, and do what it says. The message holds the
-        body."""
+        body. Returns whether another delivery of this part was faster, and goes on with it."""
         key = self.get_key_for_chord(chord_id)
         stored = self.bucket.get(key)
         if stored is None:
             # The chord is over.
-            return
+            return False
         note, etag = Note.decode(stored.value), stored.etag
         if part not in (note.by, note.turn):
             logger.debug('chord %s: %s leaves it to %s', chord_id, part, note.turn or note.by)
-            return
+            return False
         # A copy without our option, which is not to be sent.
         body = canvas.maybe_signature(message, app=self.app).clone()
         del body.options[CHORD_ID]
@@ -955,23 +957,24 @@ class S3ChordBackend(S3KeyValueBackend):
                 time.sleep(SENDING_GRACE)
             if self._is_sent(note):
                 self._finish(chord_id, note, body)
-                return
+                return False
             # The worker of the earlier delivery has died, and this one sends the body; or the
             # record is lost, and the body fails, if the note is still there.
 
-        has_lost = False
+        winner = None
 
         def look(ids: list) -> Iterator[tuple]:
             return look_until_not_ready(self.bucket, self._look_at_task, ids, 1)
 
         def swap(phase: str, turn: str | None) -> bool:
-            nonlocal etag, has_lost
+            nonlocal etag, winner
             changed = note._replace(phase=phase, by=part, turn=turn, nonce=uuid())
             won, now = self.bucket.put_if(key, changed.encode(), etag)
             logger.debug('chord %s: %s writes %s, %s: %s', chord_id, part, phase, turn, won)
-            if now is not None:
+            if won and now is not None:
                 etag = now.etag
-            has_lost = not won
+            elif now is not None:
+                winner = Note.decode(now.value).by
             return won
 
         try:
@@ -986,10 +989,7 @@ class S3ChordBackend(S3KeyValueBackend):
             metas = claim([str(task.id) for task in list_tasks(results)], look, swap)
             if metas is not None:
                 self._end(chord_id, note, body, results, metas)
-        if has_lost:
-            # The winner may be another delivery of this part, and may die. So this one reads the
-            # note again: it leaves only if it is the turn of others, or if the chord is over.
-            self._go_on(part, chord_id, message)
+        return winner == part
 
     def _end(
         self, chord_id: str, note: Note, body: canvas.Signature, results: list, metas: dict
@@ -1103,7 +1103,10 @@ class S3ChordBackend(S3KeyValueBackend):
                     self.store_result(task.id, error, state, traceback, request=request)
                 # So on_chord_part_return() does not store it over an error that was there.
                 request._celery_s3_state = state
-            self.on_chord_part_return(request, state, error)
+            # Who fails this task, too, at this moment, may die. A task that has run would be
+            # delivered again then, but not this one: so this delivery stays until it is done.
+            while self.on_chord_part_return(request, state, error):
+                logger.debug('task %s is failed by another delivery', task.id)
 
 
 class S3Backend(S3ChordBackend, S3WaitingBackend, S3StoringBackend):
