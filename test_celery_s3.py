@@ -56,10 +56,8 @@ STATES = ['STARTED', 'PROGRESS', 'RETRY', 'FAILURE', 'REVOKED', 'SUCCESS']
 ZONE, LOCAL = '--use1-az4--x-s3', '--usw2-lax1-az1--x-s3'
 FIPS, DUAL = {'USE_FIPS_ENDPOINT': 'true'}, {'USE_DUALSTACK_ENDPOINT': 'true'}
 ANY = {'ENDPOINT_URL': 'http://any:1'}
-REGION, ERROR = (
-    {'x-amz-bucket-region': 'eu'},
-    '<?xml version="1.0"?><Error><Code>Internal</Code></Error>',
-)
+REGION = {'x-amz-bucket-region': 'eu'}
+ERROR = '<?xml version="1.0"?><Error><Code>Internal</Code></Error>'
 LATE = {'exc_type': 'ValueError', 'exc_message': 'late', 'exc_module': 'builtins'}
 SECRET, TOKEN = 'never/shown/ANYWHERE', 'AQoDYXdzEXAMPLETOKEN'
 KEYS = {'aws_access_key_id': 'AKID', 'aws_secret_access_key': SECRET, 'aws_session_token': TOKEN}
@@ -1130,16 +1128,10 @@ def test_record_note_and_log_say_who_goes_on(store, caplog):
         {'phase': 'waiting', 'by': 'c', 'turn': 'b', **both},
         {'phase': 'sending', 'by': 'b', 'turn': None, **both},
     ]
-    said = [
-        'begun, c goes on',
-        'a leaves it to c',
-        'c writes waiting, b',
-        'b writes sending, None',
-    ]
+    said = 'begun, c goes on; a leaves it to c; c writes waiting, b; b writes sending, None'
     lines = [one.getMessage() for one in caplog.records if one.levelname == 'DEBUG' and one.args]
-    assert [
-        line.split(': ')[1] for line in lines if line.startswith(f'chord {chord_id}: ')
-    ] == said
+    lines = [line.split(': ')[1] for line in lines if line.startswith(f'chord {chord_id}: ')]
+    assert '; '.join(lines) == said
 
 
 @pytest.mark.parametrize(('size', 'order'), [
@@ -1229,18 +1221,24 @@ def test_a_second_delivery_does_what_is_left(store, app, clock, caplog, phase, s
 
 
 @pytest.mark.parametrize('meanwhile', ['it ends', 'others write', 'lost'])
-def test_what_happens_while_the_note_is_written(store, app, meanwhile):
+@pytest.mark.parametrize('fails', [True, False])  # as a body does, which nobody delivers again
+def test_what_happens_while_the_note_is_written(store, app, clock, meanwhile, fails):
     def act(answer):
         store.finish('a', 4)  # but its delivery has read the note before this one writes it
-        if meanwhile == 'others write':  # another delivery of this part
+        if meanwhile == 'others write':  # another delivery of this part, which dies
             store.rewrite(CHORD + chord_id, phase='sending', by='b', turn=None)
         return answer()
 
-    (a, b), _, chord_id = app.begin('a', 'b')
+    (a, b), result, chord_id = app.begin('a', 'b')
     if meanwhile != 'it ends':
         store.finish('a', 4)
     store.fail_next(f'PUT {CHORD}{chord_id}', lost if meanwhile == 'lost' else act)
-    for part, sent in (b, meanwhile != 'others write'), (a, False):
+    if fails:
+        signature = app.tasks['add'].s().set(task_id='b', chord=b.chord)
+        app.backend._fail_chain([dict(signature)], ValueError('boom'))
+        assert app.backend.get_state(result.id) == 'FAILURE'
+        assert (30 in clock.slept) == (meanwhile == 'others write')
+    for part, sent in (b, not fails and meanwhile != 'others write'), (a, False):
         app.finish(part, 4)
         assert app.take_bodies() == [[[4, 4]]] * sent
 
