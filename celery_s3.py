@@ -205,8 +205,8 @@ class Settings:
         try:
             # botocore takes the empty name, too. complete() fills it in.
             utils.validate_region_name(self.aws_region)
-        except ValueError as error:
-            raise ValueError(f'aws_region must be like us-east-1: {error}') from None
+        except ValueError:
+            raise ValueError('aws_region must be a name such as us-east-1') from None
         if not all(is_header(name, self.headers[name]) for name in self.headers):
             raise ValueError('headers must be names and values that HTTP can send')
         if bool(self.aws_access_key_id) != bool(self.aws_secret_access_key):
@@ -223,10 +223,9 @@ def is_printable(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch(PRINTABLE[0], text) is not None
 
 
-def is_header(name: object, value: object) -> bool:
+def is_header(name: Any, value: object) -> bool:
     """Whether HTTP can send this header."""
-    is_token = isinstance(name, str) and re.fullmatch(HEADER_NAME, name) is not None
-    return is_token and is_printable(value)
+    return is_printable(name) and bool(re.fullmatch(HEADER_NAME, name)) and is_printable(value)
 
 
 class Stored(NamedTuple):
@@ -266,10 +265,14 @@ def choose_pause(error: Exception, attempt: int) -> float:
 def open_session(settings: Settings) -> botocore.session.Session:
     """A session of botocore, which finds credentials, profiles and the rest of the environment."""
     session = botocore.session.Session(profile=settings.aws_profile or None)
-    # botocore would say so, too, but in a function that has all profiles' keys in a variable.
-    known = session.available_profiles
-    if session.profile not in (None, *known):
-        raise ValueError(f'aws_profile or AWS_PROFILE must be one of {known}')
+    problem = ''
+    try:
+        session.get_scoped_config()
+    except BotoCoreError as error:
+        problem = str(error)
+    if problem:
+        # A new error, and not in the 'except' block: the frames of botocore's hold all profiles.
+        raise ValueError(f'aws_profile or AWS_PROFILE: {problem}')
     if settings.aws_access_key_id:
         session.set_credentials(*[getattr(settings, name) for name in KEY_SETTINGS])
     return session
@@ -298,7 +301,7 @@ def make_root(settings: Settings, session: botocore.session.Session) -> str:
 
 def strip_error(error: Any) -> BaseException:
     """The same error without the frames and errors attached to it, which hold credentials."""
-    if type(error) is HTTPClientError:
+    if type(error) is HTTPClientError and isinstance(error.kwargs.get('error'), BaseException):
         # This class itself, unlike its subclasses, wraps errors that are not botocore's, such as a
         # soft time limit that strikes during the request, and that the task wants to catch.
         return strip_error(error.kwargs['error'])
@@ -347,8 +350,7 @@ class Bucket:
         self._root = make_root(self.settings, self._session)
         # S3 Express takes plain signatures for this service. (boto3 opens a session first, unless
         # AWS_S3_DISABLE_EXPRESS_SESSION_AUTH is set.)
-        is_express = utils.is_s3express_bucket(self.settings.bucket)
-        self._service = 's3express' if is_express else 's3'
+        self._service = 's3express' if utils.is_s3express_bucket(settings.bucket) else 's3'
         self._attempts = config('max_attempts') or ATTEMPTS
         # Both forms, until one has been taken.
         self._etag_forms = ETAG_FORMS
@@ -384,8 +386,7 @@ class Bucket:
         if etag is None:
             header, forms = 'If-None-Match', ['*']
         for form in forms:
-            headers = {**self.settings.headers, header: form.format(etag)}
-            stored = self._send('PUT', key, unmet, data=value, headers=headers)
+            stored = self._put_on(key, value, {header: form.format(etag)}, unmet)
             if stored is None:
                 # What R2 says of the second form is a refusal; of the first one, it is an error.
                 unmet = {*UNMET, 'InvalidArgument'}
@@ -407,7 +408,7 @@ class Bucket:
     def ignores_conditions(self, key: str) -> bool:
         """Whether the store ignores an If-Match that is not met. If so, this object is emptied."""
         impossible = {'If-Match': '"00000000000000000000000000000000"'}
-        return self._send('PUT', key, UNMET, data=b'', headers=impossible) is not None
+        return self._put_on(key, b'', impossible, UNMET) is not None
 
     def map_parallel(self, function: Callable, items: list) -> Iterator[tuple]:
         """Yield (item, function(item)) in order. Many run at once, in threads that all callers
@@ -419,6 +420,11 @@ class Bucket:
             with suppress(RuntimeError):
                 values = self._threads.map(function, items)
         yield from zip(items, values)
+
+    def _put_on(self, key: str, value: bytes, condition: dict, unmet: set) -> Stored | None:
+        """Write the object on a condition. None if it is not met."""
+        headers = {**self.settings.headers, **condition}
+        return self._send('PUT', key, unmet, data=value, headers=headers)
 
     def _send(self, method: str, key: str, refusals: set, **content: Any) -> Stored | None:
         """Send a request until the answer is final: what it says is stored, or None if its code is
@@ -448,8 +454,9 @@ class Bucket:
         # repeat the length, as in '5, 5': https://www.rfc-editor.org/rfc/rfc9110#section-8.6
         length = headers.get('content-length', '').partition(',')[0]
         if length.isdigit() and int(length) != len(answer.content):
-            url = f'{answer.url} (cut short)'
-            raise botocore.exceptions.ConnectionClosedError(endpoint_url=url)
+            raise botocore.exceptions.ConnectionClosedError(
+                endpoint_url=f'{answer.url} (cut short)'
+            )
         if method == 'PUT' and status == 200 and b'<Error' in answer.content:
             # S3 may fail after it has begun to answer that all is well.
             status = 500
@@ -476,19 +483,19 @@ class Bucket:
 
     def _sign_and_send(self, request: awsrequest.AWSRequest) -> awsrequest.AWSResponse:
         """The only method that has credentials in its variables."""
-        with self._lock:
-            credentials = self._session.get_credentials()
-        if credentials is None:
-            raise botocore.exceptions.NoCredentialsError
         try:
-            frozen = credentials.get_frozen_credentials()
-        except RuntimeError as error:
-            # botocore raises this if a role's new credentials have expired already.
-            problem = {'provider': credentials.method, 'error_msg': str(error)}
+            with self._lock:
+                credentials = self._session.get_credentials()
+            frozen = credentials and credentials.get_frozen_credentials()
+        except (RuntimeError, ValueError, AttributeError) as error:
+            # New credentials of a role that have expired already, or odd words of a process that
+            # should tell credentials: a ValueError would keep these in its attributes.
+            problem = {'provider': 'role or process', 'error_msg': str(error)}
             raise botocore.exceptions.CredentialRetrievalError(**problem) from None
+        if frozen is None:
+            raise botocore.exceptions.NoCredentialsError
         if not all(is_printable(text or '') for text in frozen):
-            wrong = 'credentials must be printable ASCII, with no space at their ends'
-            raise botocore.exceptions.InvalidConfigError(error_msg=wrong)
+            raise botocore.exceptions.InvalidConfigError(error_msg='credentials must be printable')
         auth.S3SigV4Auth(frozen, self._service, self.settings.aws_region).add_auth(request)
         prepared = request.prepare()
         # Those who listen to botocore's events may answer in place of S3, as moto's mock_aws does.
@@ -752,7 +759,9 @@ class Note(NamedTuple):
     sending  MINE, which has ended  -      now: MINE has found all parts ready, and sends the body
 
     `body` is the id of the body's result, `record` the id of the chord's record. The nonce makes
-    each note unlike all others. So an etag stands for one version of the note, and no other."""
+    each note unlike all others. So an etag stands for one version of the note, and no other. In
+    'sending', `shown` is the etag of a state that was stored under the body's id before: that of
+    a task which has replaced itself by the chord."""
 
     phase: str
     by: str | None
@@ -760,6 +769,7 @@ class Note(NamedTuple):
     body: str
     record: str
     nonce: str
+    shown: str | None = None
 
     @classmethod
     def decode(cls, value: bytes) -> 'Note':
@@ -968,7 +978,8 @@ class S3ChordBackend(S3KeyValueBackend):
 
         def swap(phase: str, turn: str | None) -> bool:
             nonlocal etag, winner
-            changed = note._replace(phase=phase, by=part, turn=turn, nonce=uuid())
+            shown = self._find_etag(note.body) if phase == SENDING else None
+            changed = note._replace(phase=phase, by=part, turn=turn, nonce=uuid(), shown=shown)
             won, now = self.bucket.put_if(key, changed.encode(), etag)
             logger.debug('chord %s: %s writes %s, %s: %s', chord_id, part, phase, turn, won)
             if won and now is not None:
@@ -1005,10 +1016,15 @@ class S3ChordBackend(S3KeyValueBackend):
 
     def _is_sent(self, note: Note) -> bool:
         """Whether the body is known to be sent or failed. After that, the record is deleted; and
-        the body may have a state, unless it is a group, which stores none under its id."""
+        the body may show a new state, unless it is a group, which has none under its id."""
         if note.phase == SENDING and self.get(self.get_key_for_group(note.record)) is None:
             return True
-        return self.get(self.get_key_for_task(note.body)) is not None
+        return self._find_etag(note.body) not in (None, note.shown)
+
+    def _find_etag(self, task_id: str) -> str | None:
+        """The etag of a task's state, if there is one."""
+        stored = self.bucket.get(self.get_key_for_task(task_id))
+        return None if stored is None else stored.etag
 
     def _finish(self, chord_id: str, note: Note, body: canvas.Signature) -> None:
         """Do what comes after the body was sent or has failed. It does no harm to do it twice."""

@@ -71,6 +71,7 @@ class Delivery:  # a history: a message, the answers so far, and the step that t
             assert not answers or search.deliver(message, answers[:-1]).steps == self.steps[:-1]
         except Exception as error:
             self.steps.append(('raises', repr(error)))
+        # Whether it has begun to send a body, or is one.
         self.is_busy = message[0] in search.scenario.bodies or '"sending"' in str(self.steps[:-1])
         self.step = self.steps[-1] if len(answers) < 100 else ('raises', 'it comes to no end')
 
@@ -208,7 +209,7 @@ class Search:  # a walk through the states of a scenario, depth first
     def runs(self, name):  # whether this is a body that runs, and stores its state
         return name in self.scenario.bodies and self.scenario.stores
 
-    def is_right(self, objects, deliveries, tally):
+    def is_right(self, objects, deliveries, tally):  # all that is asked of an end
         parts, fails, calls, stored = sorted({*self.scenario.parts}), False, set(), dict(objects)
         for body in self.scenario.bodies:
             fails = fails or self.scenario.failing in parts
@@ -235,7 +236,7 @@ def tell(steps):  # who took which step, and what happened then, a line each
 
 
 APP = App(broker='memory://', set_as_current=False)
-celery_s3.logger.disabled = celery_s3.S3ChordBackend._is_trusted = True  # the store is known
+celery_s3.logger.disabled = celery_s3.S3ChordBackend._is_trusted = True  # no probe
 celery_s3.Bucket._exchange, celery_s3.Bucket = exchange, lambda settings: copy(BUCKET)
 canvas.uuid = lambda: 'header'
 celery_s3.uuid = lambda: Delivery.running.ask('draws', 'a nonce')
