@@ -202,11 +202,14 @@ class Settings:
                 raise ValueError(f'{name} must be {meaning}')
         if self.endpoint_url and not utils.is_valid_uri(self.endpoint_url):
             raise ValueError('endpoint_url must have the name or address of a host')
+        is_region = True
         try:
             # botocore takes the empty name, too. complete() fills it in.
             utils.validate_region_name(self.aws_region)
         except ValueError:
-            raise ValueError('aws_region must be a name such as us-east-1') from None
+            is_region = False
+        if not is_region:
+            raise ValueError('aws_region must be a name such as us-east-1')
         if not all(is_header(name, self.headers[name]) for name in self.headers):
             raise ValueError('headers must be names and values that HTTP can send')
         if bool(self.aws_access_key_id) != bool(self.aws_secret_access_key):
