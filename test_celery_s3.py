@@ -1,5 +1,5 @@
-"""The rules of celery_s3, each on the wire: what is sent, and what comes back. The last section can
-run on a real bucket: CELERY_S3_TEST_URL='s3://bucket/prefix?endpoint_url=...'."""
+"""The rules of celery_s3, each on the wire: what is sent, and what comes back. The last section
+can run on a real bucket: CELERY_S3_TEST_URL='s3://bucket/prefix?endpoint_url=...'."""
 
 import contextlib
 import functools
