@@ -210,25 +210,26 @@ class Settings:
             is_region = False
         if not is_region:
             raise ValueError('aws_region must be a name such as us-east-1')
-        if not all(is_header(name, self.headers[name]) for name in self.headers):
+        if not all(self.is_header(name, self.headers[name]) for name in self.headers):
             raise ValueError('headers must be names and values that HTTP can send')
         if bool(self.aws_access_key_id) != bool(self.aws_secret_access_key):
             raise ValueError('aws_access_key_id and aws_secret_access_key go together')
         if self.aws_session_token and not self.aws_access_key_id:
             raise ValueError('aws_session_token goes with aws_access_key_id and its secret')
 
+    @staticmethod
+    def is_printable(text: object) -> bool:
+        """Whether this is text that can be sent in a header."""
+        return isinstance(text, str) and re.fullmatch(PRINTABLE[0], text) is not None
+
+    @classmethod
+    def is_header(cls, name: Any, value: object) -> bool:
+        """Whether HTTP can send this header."""
+        is_token = cls.is_printable(name) and re.fullmatch(HEADER_NAME, name) is not None
+        return is_token and cls.is_printable(value)
+
 
 # The bucket
-
-
-def is_printable(text: object) -> bool:
-    """Whether this is text that can be sent in a header."""
-    return isinstance(text, str) and re.fullmatch(PRINTABLE[0], text) is not None
-
-
-def is_header(name: Any, value: object) -> bool:
-    """Whether HTTP can send this header."""
-    return is_printable(name) and bool(re.fullmatch(HEADER_NAME, name)) and is_printable(value)
 
 
 class Stored(NamedTuple):
@@ -497,7 +498,7 @@ class Bucket:
             raise botocore.exceptions.CredentialRetrievalError(**problem) from None
         if frozen is None:
             raise botocore.exceptions.NoCredentialsError
-        if not all(is_printable(text or '') for text in frozen):
+        if not all(Settings.is_printable(text or '') for text in frozen):
             raise botocore.exceptions.InvalidConfigError(error_msg='credentials must be printable')
         auth.S3SigV4Auth(frozen, self._service, self.settings.aws_region).add_auth(request)
         prepared = request.prepare()
@@ -763,8 +764,8 @@ class Note(NamedTuple):
 
     `body` is the id of the body's result, `record` the id of the chord's record. The nonce makes
     each note unlike all others. So an etag stands for one version of the note, and no other. In
-    'sending', `shown` is the etag of a state that was stored under the body's id before: that of
-    a task which has replaced itself by the chord."""
+    'sending', `shown` is the etag of a state that the body's id had before: that of a task which
+    has replaced itself by the chord. It is no sign that the body has begun."""
 
     phase: str
     by: str | None
@@ -981,7 +982,7 @@ class S3ChordBackend(S3KeyValueBackend):
 
         def swap(phase: str, turn: str | None) -> bool:
             nonlocal etag, winner
-            shown = self._find_etag(note.body) if phase == SENDING else None
+            shown = self._find_unready(note.body) if phase == SENDING else None
             changed = note._replace(phase=phase, by=part, turn=turn, nonce=uuid(), shown=shown)
             won, now = self.bucket.put_if(key, changed.encode(), etag)
             logger.debug('chord %s: %s writes %s, %s: %s', chord_id, part, phase, turn, won)
@@ -1022,12 +1023,15 @@ class S3ChordBackend(S3KeyValueBackend):
         the body may show a new state, unless it is a group, which has none under its id."""
         if note.phase == SENDING and self.get(self.get_key_for_group(note.record)) is None:
             return True
-        return self._find_etag(note.body) not in (None, note.shown)
+        state = self.bucket.get(self.get_key_for_task(note.body))
+        return state is not None and state.etag != note.shown
 
-    def _find_etag(self, task_id: str) -> str | None:
-        """The etag of a task's state, if there is one."""
+    def _find_unready(self, task_id: str) -> str | None:
+        """The etag of the task's state, if there is one that is not final."""
         stored = self.bucket.get(self.get_key_for_task(task_id))
-        return None if stored is None else stored.etag
+        if stored is None or is_ready(self._decode_meta(stored.value)):
+            return None
+        return stored.etag
 
     def _finish(self, chord_id: str, note: Note, body: canvas.Signature) -> None:
         """Do what comes after the body was sent or has failed. It does no harm to do it twice."""
@@ -1056,9 +1060,11 @@ class S3ChordBackend(S3KeyValueBackend):
             raise ChordError(f'Cannot restore group: {error!r}') from error
 
     def _look_at_task(self, task_id: str) -> dict:
-        """The meta of a task. Unlike in get_task_meta(), a result that cannot be decoded is a
-        failure of the task, and nothing is taken from a cache."""
-        value = self.get(self.get_key_for_task(task_id))
+        """The meta of a task, which is not taken from Celery's cache."""
+        return self._decode_meta(self.get(self.get_key_for_task(task_id)))
+
+    def _decode_meta(self, value: bytes | None) -> dict:
+        """What is stored of a task. If that cannot be decoded, it counts as the task's failure."""
         if not value:
             return {'status': states.PENDING, 'result': None}
         try:
