@@ -494,7 +494,8 @@ class Bucket:
         except (RuntimeError, ValueError, AttributeError) as error:
             # New credentials of a role that have expired already, or odd words of a process that
             # should tell credentials: a ValueError would keep these in its attributes.
-            problem = {'provider': 'role or process', 'error_msg': str(error)}
+            reason = str(error) if isinstance(error, RuntimeError) else type(error).__name__
+            problem = {'provider': 'role or process', 'error_msg': reason}
             raise botocore.exceptions.CredentialRetrievalError(**problem) from None
         if frozen is None:
             raise botocore.exceptions.NoCredentialsError
@@ -1130,8 +1131,9 @@ class S3ChordBackend(S3KeyValueBackend):
                 request._celery_s3_state = state
             # Who fails this task, too, at this moment, may die. A task that has run would be
             # delivered again then, but not this one: so this delivery stays until it is done.
-            while self.on_chord_part_return(request, state, error):
-                logger.debug('task %s is failed by another delivery', task.id)
+            for _ in range(STORE_ATTEMPTS):
+                if not self.on_chord_part_return(request, state, error):
+                    break
 
 
 class S3Backend(S3ChordBackend, S3WaitingBackend, S3StoringBackend):
